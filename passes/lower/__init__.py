@@ -1,0 +1,1 @@
+"""Lowering passes: from a float or quantized graph to `ptqc::` operators."""

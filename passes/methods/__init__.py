@@ -1,0 +1,1 @@
+"""Quantization methods: one file each, registered under the name of the file (see `ptqc.methods`)."""

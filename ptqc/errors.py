@@ -1,0 +1,27 @@
+"""Errors a user can act on: each says what was asked, what was found and what would work."""
+
+__all__ = ["CheckpointError", "ExportError", "PtqcError", "SpecError", "UnknownNameError", "WeightError"]
+
+
+class PtqcError(Exception):
+    """Base of every error that ptqc raises on purpose. The command prints its text and exits with 2."""
+
+
+class SpecError(PtqcError, ValueError):
+    """A weight spec that cannot be parsed, or that cannot hold the given shape."""
+
+
+class WeightError(PtqcError, ValueError):
+    """A weight whose values cannot be quantized (NaN, infinite, empty)."""
+
+
+class UnknownNameError(PtqcError, LookupError):
+    """A method, target, exporter or pass name that nothing registers."""
+
+
+class CheckpointError(PtqcError, OSError):
+    """A model folder or file that cannot be read or written."""
+
+
+class ExportError(PtqcError):
+    """A model that an export format cannot hold."""

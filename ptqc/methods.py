@@ -1,0 +1,137 @@
+"""What a quantization method is, and the step that every weight goes through, whatever the method.
+
+A method is one file in `passes/methods/`: a frozen dataclass whose fields are its options. It sees one matrix (or a
+stack of them) and statistics of its input, never a graph.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ptqc import storage
+from ptqc.errors import SpecError, WeightError
+from ptqc.qtensor import QuantTensor
+from ptqc.registry import Registry
+from ptqc.spec import SCALE_DTYPES, WeightSpec
+
+__all__ = ["METHODS", "Method", "quantize_weight", "whole_row"]
+
+log = logging.getLogger("ptqc")
+
+_ROWS_AT_ONCE = 1 << 22
+"""Weights handled at a time where rows are independent: bounds the float32 temporaries to a few times 16 MB."""
+
+
+class Method(Protocol):
+    """Chooses the codes of one weight."""
+
+    needs: ClassVar[frozenset[str]]
+    """Names of the statistics of the input that `choose` reads; empty for methods that need no data."""
+
+    def spec(self, bits: float | None = None, group: int | None = None) -> WeightSpec:
+        """The spec for a request; None asks for the method's default, group -1 for the whole row.
+
+        Raises: SpecError for a width the method cannot do.
+        """
+        ...
+
+    def refuses(self, spec: WeightSpec) -> str | None:
+        """None if the method can choose codes for `spec`, else the reason and what would work."""
+        ...
+
+    def choose(self, weight: Tensor, spec: WeightSpec, statistics: Mapping[str, Tensor]) -> storage.Codes:
+        """Choose codes, scales and zeros. weight: [..., out, in] float32, finite; not changed."""
+        ...
+
+
+METHODS: Registry[type[Method]] = Registry("method", "ptqc.passes.methods")
+
+
+def quantize_weight(
+    weight: Tensor,
+    method: Method,
+    spec: WeightSpec,
+    *,
+    name: str = "weight",
+    is_transposed: bool = False,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> QuantTensor:
+    """Quantize one weight.
+
+    weight: [..., out, in] of any float dtype, or [..., in, out] with is_transposed. name: for messages. Scales that
+    float16 cannot hold are stored as float32 instead. The result has the weight's own shape and dtype.
+
+    Raises: WeightError for NaN or infinite values; SpecError if the spec does not fit the shape or the method.
+    """
+    _check(weight, name)
+    matrix = weight.detach().mT if is_transposed else weight.detach()
+    try:
+        spec.groups(matrix.shape)
+    except SpecError as error:
+        raise SpecError(f'cannot store "{name}" as {spec}: {error}') from None
+    spec = _hold_scales(matrix, spec, name)
+    reason = method.refuses(spec)
+    if reason is not None:
+        raise SpecError(f'"{name}": {reason}')
+    with torch.no_grad():
+        logical = _choose(matrix, method, spec, statistics or {})
+    return QuantTensor.from_codes(logical, spec, weight.dtype, is_transposed)
+
+
+def _check(weight: Tensor, name: str) -> None:
+    if not weight.is_floating_point() or weight.ndim < 2:
+        raise WeightError(f'"{name}" is {weight.dtype} of shape {tuple(weight.shape)}; only float matrices are quantized')
+    if weight.numel() == 0:
+        raise WeightError(f'"{name}" has shape {tuple(weight.shape)}: nothing to quantize')
+    # amax carries NaN and infinity through, one pass and no mask of the weight's size.
+    low, high = weight.detach().aminmax()
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        bad = weight.numel() - int(torch.isfinite(weight.detach()).sum())
+        raise WeightError(
+            f'"{name}" holds {bad} NaN or infinite values of {weight.numel()}; '
+            "repair the checkpoint or leave this weight out (exclude)"
+        )
+
+
+def _hold_scales(matrix: Tensor, spec: WeightSpec, name: str) -> WeightSpec:
+    """The spec with float32 scales if its own scale type would overflow or lose all precision."""
+    dtype = SCALE_DTYPES[spec.scale.dtype]
+    if dtype != torch.float16:
+        return spec
+    largest = spec.book.largest if spec.book else 2 ** (spec.bits - 1) - 1 or 1
+    scale = float(matrix.abs().amax()) / largest
+    info = torch.finfo(torch.float16)
+    if scale == 0 or info.tiny <= scale and 2 * scale <= info.max:
+        return spec
+    log.info('"%s": scales near %.1e do not fit float16, stored as float32', name, scale)
+    return spec.with_scale_dtype("f32")
+
+
+def _choose(matrix: Tensor, method: Method, spec: WeightSpec, statistics: Mapping[str, Tensor]) -> storage.Codes:
+    rows_are_independent = spec.rows == 1 and spec.scale.bits is None and not method.needs
+    if not rows_are_independent or matrix.numel() <= _ROWS_AT_ONCE:
+        return method.choose(matrix.float(), spec, statistics)
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    pieces = [
+        method.choose(rows.float(), spec, statistics) for rows in flat.split(max(1, _ROWS_AT_ONCE // flat.shape[-1]))
+    ]
+    lead = matrix.shape[:-1]
+    zero = None if pieces[0].zero is None else torch.cat([p.zero for p in pieces if p.zero is not None])
+    return storage.Codes(
+        torch.cat([p.codes for p in pieces]).unflatten(0, lead),
+        torch.cat([p.scale for p in pieces]).unflatten(0, lead),
+        None if zero is None else zero.unflatten(0, lead),
+    )
+
+
+def whole_row(group: int | None, default: int | None) -> int | None:
+    """Read a requested group: None is the default, -1 the whole row (None in a spec)."""
+    if group is None:
+        return default
+    return None if group == -1 else group
+
+

@@ -1,0 +1,124 @@
+"""The `ptqc::` operators: what a graph calls on a stored weight. Each has a reference implementation, a fake
+one for tracing, and a derivative towards the activation.
+
+    ptqc::linear(x, parts, spec, bias)        x [..., in] and W [out, in]        -> x @ W.T + bias
+    ptqc::bmm(x, parts, spec)                 x [E, T, in] and W [E, out, in]    -> x @ W.mT
+    ptqc::embedding(ids, parts, spec, shape, dtype)   rows of W [rows, width]
+    ptqc::dequantize(parts, spec, shape, dtype)       W itself, shape [..., out, in]
+
+`parts` are the tensors of `storage.part_names(spec)`, in that order; `spec` is a short name. The operators are
+declared through `torch.library.Library`: a call costs 4 us, against 15 us for `torch.library.custom_op`
+(torch 2.13, one core of a Zen 5 EPYC, November 2026).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptqc import storage
+from ptqc.spec import WeightSpec
+
+__all__ = ["bmm", "dequantize", "embedding", "linear"]
+
+_LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor[] parts, str spec, Tensor? bias) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define("bmm(Tensor x, Tensor[] parts, str spec) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    "embedding(Tensor ids, Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "dequantize(Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+linear = torch.ops.ptqc.linear.default
+bmm = torch.ops.ptqc.bmm.default
+embedding = torch.ops.ptqc.embedding.default
+dequantize = torch.ops.ptqc.dequantize.default
+
+
+def _named(parts: Sequence[Tensor], spec: WeightSpec) -> dict[str, Tensor]:
+    return dict(zip(storage.part_names(spec), parts, strict=True))
+
+
+# -------------------------------------------------------------------- reference implementations
+
+
+def _dequantize(parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    stored_as = WeightSpec.parse(spec)
+    return storage.decode(_named(parts, stored_as), stored_as, shape, dtype)
+
+
+def _linear(x: Tensor, parts: Sequence[Tensor], spec: str, bias: Tensor | None) -> Tensor:
+    weight = _dequantize(parts, spec, (parts[0].shape[0], x.shape[-1]), x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _bmm(x: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
+    weight = _dequantize(parts, spec, (*parts[0].shape[:-1], x.shape[-1]), x.dtype)
+    return torch.bmm(x, weight.mT)
+
+
+def _embedding(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    stored_as = WeightSpec.parse(spec)
+    taken = storage.take(_named(parts, stored_as), stored_as, shape, 0, ids.flatten())
+    if taken is None:
+        return _dequantize(parts, spec, shape, dtype)[ids]
+    rows = storage.decode(*taken, (ids.numel(), shape[1]), dtype)
+    return rows.view(*ids.shape, shape[1])
+
+
+for _name, _function in (("linear", _linear), ("bmm", _bmm), ("embedding", _embedding), ("dequantize", _dequantize)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# -------------------------------------------------------------------- tracing
+
+
+@torch.library.register_fake("ptqc::linear", lib=_LIBRARY)
+def _(x: Tensor, parts: Sequence[Tensor], spec: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], parts[0].shape[0]))
+
+
+@torch.library.register_fake("ptqc::bmm", lib=_LIBRARY)
+def _(x: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], parts[0].shape[1]))
+
+
+@torch.library.register_fake("ptqc::embedding", lib=_LIBRARY)
+def _(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty((*ids.shape, shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("ptqc::dequantize", lib=_LIBRARY)
+def _(parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty(tuple(shape), dtype=dtype)
+
+
+# -------------------------------------------------------------------- derivatives (weights are constants)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, parts, spec, *_ = inputs
+    ctx.save_for_backward(*parts)
+    ctx.spec, ctx.in_features, ctx.lead = spec, x.shape[-1], parts[0].shape[:-1]
+
+
+def _towards_x(ctx: Any, grad: Tensor) -> Tensor:
+    weight = dequantize(list(ctx.saved_tensors), ctx.spec, [*ctx.lead, ctx.in_features], grad.dtype)
+    return grad @ weight
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    towards_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+    return _towards_x(ctx, grad), [None] * len(ctx.saved_tensors), None, towards_bias
+
+
+def _bmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _towards_x(ctx, grad), [None] * len(ctx.saved_tensors), None
+
+
+torch.library.register_autograd("ptqc::linear", _linear_backward, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("ptqc::bmm", _bmm_backward, setup_context=_keep, lib=_LIBRARY)

@@ -1,0 +1,377 @@
+"""QuantTensor: a stored weight that stands in for an nn.Parameter.
+
+A wrapper subclass of torch.Tensor: a spec and its parts. Matrix products, embedding, selection and views become
+`ptqc::` operators on the parts (the table `_RULES`); **anything else dequantizes and does what was asked**, so a
+quantized model is right everywhere and fast where we recognise the operation. Only changing one in place is an error.
+
+Axes: the parts store [..., out, in] with groups along `in`. `is_transposed` says that the tensor itself looks like
+[..., in, out] (the weight of a Conv1D, or a view by `.t()`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ptqc import ops, storage
+from ptqc.errors import PtqcError
+from ptqc.spec import WeightSpec
+
+__all__ = ["QuantTensor"]
+
+_aten = torch.ops.aten
+
+
+class QuantTensor(torch.Tensor):
+    """A weight held as codes and scales.
+
+    parts: see `ptqc.storage`. spec: how they are stored. stored_shape: [..., out, in]. dtype: what the weight
+    pretends to be. is_transposed: whether the tensor's own shape has the last two axes swapped.
+
+    Example: `linear.weight = torch.nn.Parameter(quantized, requires_grad=False)`.
+    """
+
+    spec: WeightSpec
+    stored_shape: tuple[int, ...]
+    is_transposed: bool
+    codes: Tensor
+
+    @staticmethod
+    def __new__(
+        cls,
+        parts: Mapping[str, Tensor],
+        spec: WeightSpec,
+        stored_shape: Sequence[int],
+        dtype: torch.dtype,
+        is_transposed: bool = False,
+    ) -> "QuantTensor":
+        shape, strides = list(stored_shape), _contiguous_strides(stored_shape)
+        if is_transposed:
+            shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+        self: QuantTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, strides=strides, dtype=dtype, device=parts["codes"].device, requires_grad=False
+        )
+        self.spec, self.stored_shape, self.is_transposed = spec, tuple(stored_shape), is_transposed
+        for name in storage.part_names(spec):
+            setattr(self, name, parts[name])
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    @staticmethod
+    def from_codes(
+        logical: storage.Codes, spec: WeightSpec, dtype: torch.dtype, is_transposed: bool = False
+    ) -> "QuantTensor":
+        """Pack codes [..., out, in] that a method chose."""
+        shape = (*logical.codes.shape[:-1], logical.codes.shape[-1] * spec.vector)
+        return QuantTensor(storage.encode(logical, spec), spec, shape, dtype, is_transposed)
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by name, in the order in which ops take them."""
+        return {name: getattr(self, name) for name in storage.part_names(self.spec)}
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The numbers it stands for, as a plain tensor of its own shape and dtype."""
+        weight: Tensor = ops.dequantize(list(self.parts.values()), str(self.spec), list(self.stored_shape), self.dtype)
+        return weight.mT if self.is_transposed else weight
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        turned = ", is_transposed=True" if self.is_transposed else ""
+        return f"QuantTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{turned})"
+
+    # ---------------------------------------------------------------- being a tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return storage.part_names(self.spec), (self.spec, self.stored_shape, self.dtype, self.is_transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: tuple[Any, ...], outer_size: object, outer_stride: object
+    ) -> "QuantTensor":
+        return QuantTensor(inner, *meta)
+
+    def _stable_hash_for_caching(self) -> str:
+        _, meta = self.__tensor_flatten__()
+        return str(meta)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle as (parts, meta): `torch.save` works, and `torch.load` with weights_only=True reads it back."""
+        _, (spec, shape, dtype, is_transposed) = self.__tensor_flatten__()
+        return _rebuild, (self.parts, str(spec), shape, dtype, is_transposed)
+
+    def with_parts(self, parts: Mapping[str, Tensor], **changes: Any) -> "QuantTensor":
+        """The same weight over other parts; `changes` replace spec, stored_shape, dtype or is_transposed."""
+        meta = {"spec": self.spec, "stored_shape": self.stored_shape, "dtype": self.dtype}
+        return QuantTensor(parts, **(meta | {"is_transposed": self.is_transposed} | changes))  # type: ignore[arg-type]
+
+    def _each(self, function: Callable[[Tensor], Tensor], **changes: Any) -> "QuantTensor":
+        return self.with_parts({name: function(part) for name, part in self.parts.items()}, **changes)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if func.is_view and torch.is_inference_mode_enabled():
+            # A view of a normal tensor must be a normal tensor, also in inference mode.
+            with torch.inference_mode(any(isinstance(a, QuantTensor) and a.is_inference() for a in args)):
+                result = NotImplemented if rule is None else rule(*args, **kwargs)
+        else:
+            result = NotImplemented if rule is None else rule(*args, **kwargs)
+        if result is NotImplemented:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        _refuse_mutation(func, args, kwargs)
+        return func(*tree_map_only(QuantTensor, _plain, args), **tree_map_only(QuantTensor, _plain, kwargs))
+
+
+def _rebuild(
+    parts: dict[str, Tensor], spec: str, shape: tuple[int, ...], dtype: torch.dtype, is_transposed: bool
+) -> QuantTensor:
+    return QuantTensor(parts, WeightSpec.parse(spec), shape, dtype, is_transposed)
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return strides[-len(shape) :]
+
+
+def _plain(weight: QuantTensor) -> Tensor:
+    return weight.dequantize()
+
+
+def _refuse_mutation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.is_write and isinstance(value, QuantTensor):
+            break
+    else:
+        if not isinstance(kwargs.get("out"), QuantTensor):
+            return
+    raise PtqcError(
+        f"{func} would change a quantized weight in place; call .dequantize() and change that, then quantize it again"
+    )
+
+
+# -------------------------------------------------------------------- rules: what is known about an operator
+
+_RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def file_under(rule: Callable[..., Any]) -> Callable[..., Any]:
+        _RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return file_under
+
+
+def _same_dtype(x: Tensor, weight: Tensor) -> None:
+    if x.dtype != weight.dtype:
+        raise RuntimeError(f"expected the input and the quantized weight to have one dtype: {x.dtype} != {weight.dtype}")
+
+
+@_rule(_aten.linear.default)
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if isinstance(x, QuantTensor) or isinstance(bias, QuantTensor) or weight.is_transposed or weight.ndim != 2:
+        return NotImplemented
+    _same_dtype(x, weight)
+    return ops.linear(x, list(weight.parts.values()), str(weight.spec), bias)
+
+
+@_rule(_aten.mm.default)
+def _mm(x: Any, weight: Any) -> Any:
+    if isinstance(x, QuantTensor) or not weight.is_transposed:
+        return NotImplemented
+    _same_dtype(x, weight)
+    return ops.linear(x, list(weight.parts.values()), str(weight.spec), None)
+
+
+@_rule(_aten.addmm.default)
+def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(bias, QuantTensor) or bias.ndim != 1 or not isinstance(weight, QuantTensor) or (beta, alpha) != (1, 1):
+        return NotImplemented
+    if isinstance(x, QuantTensor) or not weight.is_transposed:
+        return NotImplemented
+    _same_dtype(x, weight)
+    return ops.linear(x, list(weight.parts.values()), str(weight.spec), bias)
+
+
+@_rule(_aten.bmm.default)
+def _bmm(x: Any, weight: Any) -> Any:
+    if isinstance(x, QuantTensor) or not weight.is_transposed:
+        return NotImplemented
+    _same_dtype(x, weight)
+    return ops.bmm(x, list(weight.parts.values()), str(weight.spec))
+
+
+@_rule(_aten.embedding.default)
+def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
+    if not isinstance(weight, QuantTensor) or weight.is_transposed:
+        return NotImplemented
+    return ops.embedding(ids, list(weight.parts.values()), str(weight.spec), list(weight.stored_shape), weight.dtype)
+
+
+@_rule(_aten.t.default)
+def _t(weight: QuantTensor) -> Any:
+    return weight._each(_aten.alias.default, is_transposed=not weight.is_transposed) if weight.ndim == 2 else NotImplemented
+
+
+@_rule(_aten.transpose.int)
+def _transpose(weight: QuantTensor, first: int, second: int) -> Any:
+    if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1}:
+        return NotImplemented
+    return weight._each(_aten.alias.default, is_transposed=not weight.is_transposed)
+
+
+@_rule(_aten.permute.default)
+def _permute(weight: QuantTensor, order: Sequence[int]) -> Any:
+    order = [axis % weight.ndim for axis in order]
+    lead = list(range(weight.ndim - 2))
+    if order == [*lead, weight.ndim - 1, weight.ndim - 2]:
+        return _transpose(weight, -1, -2)
+    return weight._each(_aten.alias.default) if order == list(range(weight.ndim)) else NotImplemented
+
+
+@_rule(_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
+def _view_all(weight: QuantTensor) -> QuantTensor:
+    return weight._each(_aten.alias.default)
+
+
+@_rule(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default)
+def _same_shape(weight: QuantTensor, shape: Sequence[int], **_: Any) -> Any:
+    wanted = [old if new == -1 else new for old, new in zip(weight.shape, shape, strict=False)]
+    return weight._each(_aten.alias.default) if tuple(wanted) == weight.shape and len(shape) == weight.ndim else NotImplemented
+
+
+@_rule(_aten.clone.default)
+def _clone(weight: QuantTensor, **_: Any) -> QuantTensor:
+    return weight._each(torch.clone)
+
+
+@_rule(_aten._to_copy.default)
+def _to_copy(weight: QuantTensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    kwargs.pop("memory_format", None)
+    return weight._each(lambda part: _aten._to_copy.default(part, **kwargs), dtype=dtype or weight.dtype)
+
+
+@_rule(_aten.copy_.default)
+def _copy_(weight: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not isinstance(weight, QuantTensor):
+        return NotImplemented
+    if not isinstance(source, QuantTensor) or (source.spec, source.shape) != (weight.spec, weight.shape):
+        raise PtqcError(
+            f"cannot copy {source!r} into {weight!r}: they must have one spec and shape; "
+            "quantize the source alike, or replace the parameter (load_state_dict(..., assign=True))"
+        )
+    for name, part in weight.parts.items():
+        part.copy_(getattr(source, name), non_blocking)
+    return weight
+
+
+def _taken(weight: QuantTensor, dim: int, index: Any) -> Any:
+    """Index a stored weight along `dim` of its stored shape."""
+    if weight.is_transposed and dim % weight.ndim >= weight.ndim - 2:
+        return NotImplemented
+    taken = storage.take(weight.parts, weight.spec, weight.stored_shape, dim % weight.ndim, index)
+    if taken is None:
+        return NotImplemented
+    parts, spec = taken
+    return weight.with_parts(parts, spec=spec, stored_shape=(*parts["codes"].shape[:-1], weight.stored_shape[-1]))
+
+
+@_rule(_aten.select.int)
+def _select(weight: QuantTensor, dim: int, index: int) -> Any:
+    return _taken(weight, dim, index) if weight.ndim > 2 and dim % weight.ndim < weight.ndim - 2 else NotImplemented
+
+
+@_rule(_aten.slice.Tensor)
+def _slice(weight: QuantTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    size = weight.shape[dim]
+    if (start or 0) == 0 and (end is None or end >= size) and step == 1:
+        return weight._each(_aten.alias.default)
+    return _taken(weight, dim, slice(start, end, step))
+
+
+@_rule(_aten.split.Tensor)
+def _split(weight: QuantTensor, size: int, dim: int = 0) -> Any:
+    return _split_with_sizes(weight, [min(size, weight.shape[dim] - at) for at in range(0, weight.shape[dim], size)], dim)
+
+
+@_rule(_aten.split_with_sizes.default)
+def _split_with_sizes(weight: QuantTensor, sizes: Sequence[int], dim: int = 0) -> Any:
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    pieces = [_taken(weight, dim, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
+
+
+@_rule(_aten.unbind.int)
+def _unbind(weight: QuantTensor, dim: int = 0) -> Any:
+    if weight.ndim < 3 or dim % weight.ndim != 0:
+        return NotImplemented
+    return tuple(_taken(weight, 0, index) for index in range(weight.shape[0]))
+
+
+@_rule(_aten.index.Tensor)
+def _index(weight: Any, indices: Sequence[Tensor | None]) -> Any:
+    if not isinstance(weight, QuantTensor) or weight.ndim < 3 or len(indices) != 1:
+        return NotImplemented
+    index = indices[0]
+    return NotImplemented if index is None or index.ndim != 1 or weight.ndim != 3 else _taken(weight, 0, index)
+
+
+@_rule(_aten.index_select.default)
+def _index_select(weight: QuantTensor, dim: int, index: Tensor) -> Any:
+    return _taken(weight, dim, index)
+
+
+@_rule(_aten.is_pinned.default)
+def _is_pinned(weight: QuantTensor, device: Any = None) -> bool:
+    return all(part.is_pinned() for part in weight.parts.values())
+
+
+@_rule(_aten._pin_memory.default)
+def _pin_memory(weight: QuantTensor, device: Any = None) -> QuantTensor:
+    return weight._each(lambda part: part.pin_memory())
+
+
+@_rule(_aten.equal.default)
+def _equal(a: Any, b: Any) -> Any:
+    if not (isinstance(a, QuantTensor) and isinstance(b, QuantTensor)) or a.spec != b.spec or a.shape != b.shape:
+        return NotImplemented
+    return all(torch.equal(part, getattr(b, name)) for name, part in a.parts.items())
+
+
+def _like(func: Any) -> Callable[..., Any]:
+    def make(weight: QuantTensor, *args: Any, **kwargs: Any) -> Tensor:
+        empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        kwargs.setdefault("device", weight.device)
+        made: Tensor = func(empty, *args, **(kwargs | {"device": kwargs["device"] or weight.device}))
+        return made
+
+    return make
+
+
+_RULES.update(
+    {func: _like(func) for func in (_aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default)}
+)
