@@ -1,0 +1,221 @@
+"""Sites: the parameters of a model that a method may quantize, and the reason why each other one is left.
+
+By structure, without running anything: 1. the weight of every linear (and of Conv1D, which stores [in, out]); 2. the
+packed projections of `nn.MultiheadAttention`. Other parameters of two or more dimensions (packed experts, bare
+matrices) are decided by how the graph uses them (`ptqc.weights`), which takes an example batch; a model that has none
+of them is not run.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ptqc.capture import capture
+from ptqc.qtensor import QuantTensor
+from ptqc.select import matches
+from ptqc.spec import WeightSpec
+from ptqc.weights import weight_uses
+
+__all__ = ["Entry", "Site", "Skipped", "find_sites", "inventory", "select_sites"]
+
+log = logging.getLogger("ptqc")
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A parameter to quantize.
+
+    name: qualified name of its first owner. owners: every (module, attribute) that holds it: tied weights have
+    several. is_transposed: it stores [..., in, out].
+    """
+
+    name: str
+    weight: nn.Parameter
+    owners: tuple[tuple[nn.Module, str], ...]
+    is_transposed: bool = False
+
+    def replace(self, weight: Tensor) -> None:
+        """Put another tensor in the place of the parameter, in every owner."""
+        parameter = nn.Parameter(weight, requires_grad=False)
+        for module, attribute in self.owners:
+            module._parameters[attribute] = parameter
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter with its names and owners."""
+
+    weight: nn.Parameter
+    names: list[str]
+    owners: list[tuple[nn.Module, str]]
+
+
+def _held(model: nn.Module) -> list[_Held]:
+    held: dict[int, _Held] = {}
+    for prefix, module in model.named_modules():
+        for attribute, weight in module._parameters.items():
+            if weight is not None and weight.ndim >= 2:
+                entry = held.setdefault(id(weight), _Held(weight, [], []))
+                entry.names.append(f"{prefix}.{attribute}" if prefix else attribute)
+                entry.owners.append((module, attribute))
+    return list(held.values())
+
+
+def find_sites(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tuple[list[Site], list[Skipped]]:
+    """Every parameter that may be quantized, and every other matrix with the reason why not.
+
+    batch: example inputs as keyword arguments; without them those of a transformers model are tried where they are
+    needed. Parameters on the meta device are decided by structure alone. Weights already quantized are neither.
+    """
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    unclear: list[_Held] = []
+    head = _output_head(model)
+    for held in _held(model):
+        if isinstance(held.weight, QuantTensor):
+            continue
+        is_transposed, reason = _by_structure(held)
+        if held.weight is head and reason is None:
+            reason = "the output head (name it in include to quantize it)"
+        if reason is not None:
+            skipped.append(Skipped(held.names[0], reason))
+        elif is_transposed is None:
+            unclear.append(held)
+        else:
+            sites.append(_site(held, is_transposed))
+    for held, verdict in zip(unclear, _by_graph(model, unclear, batch), strict=True):
+        if isinstance(verdict, str):
+            skipped.append(Skipped(held.names[0], verdict))
+        else:
+            sites.append(_site(held, verdict))
+    return sites, skipped
+
+
+def _site(held: _Held, is_transposed: bool) -> Site:
+    return Site(held.names[0], held.weight, tuple(held.owners), is_transposed)
+
+
+def _output_head(model: nn.Module) -> Tensor | None:
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _by_structure(held: _Held) -> tuple[bool | None, str | None]:
+    """(is_transposed, reason to keep); (None, None) if only the graph can tell."""
+    modules = [module for module, _ in held.owners]
+    if not held.weight.is_floating_point():
+        return None, f"holds {held.weight.dtype}"
+    if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in modules):
+        return None, "an embedding" if len(modules) == 1 else "tied to an embedding"
+    if any(isinstance(module, _CONVOLUTIONS) for module in modules):
+        return None, "a convolution"
+    if min(held.weight.shape[-2:]) == 1 or held.weight.shape[-1] * held.weight.shape[-2] < 16:
+        return None, f"shape {tuple(held.weight.shape)} is no matrix worth packing"
+    module, attribute = held.owners[0]
+    if isinstance(module, nn.Linear) and attribute == "weight":
+        return False, None
+    if isinstance(module, Conv1D) and attribute == "weight":
+        return True, None
+    if isinstance(module, nn.MultiheadAttention):
+        return False, None
+    return None, None
+
+
+def _by_graph(model: nn.Module, unclear: Sequence[_Held], batch: Mapping[str, Any] | None) -> Iterator[bool | str]:
+    """For each unclear parameter: is_transposed, or the reason to keep it."""
+    if not unclear:
+        return
+    verdicts = _verdicts(model, batch)
+    for held in unclear:
+        if verdicts is None:
+            yield "how it is used is unknown without an example batch (pass calibration)"
+        else:
+            yield verdicts.get(id(held.weight), "no matrix product reads it")
+
+
+def _verdicts(model: nn.Module, batch: Mapping[str, Any] | None) -> dict[int, bool | str] | None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    example = batch if batch is not None else getattr(model, "dummy_inputs", None)
+    if example is None:
+        return None
+    device = next(model.parameters()).device
+    example = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in example.items()}
+    try:
+        graphs = capture(model, example)
+    except Exception as error:
+        if batch is not None:
+            raise
+        log.warning("the model does not run on its dummy inputs (%s); pass calibration to reach every weight", error)
+        return None
+    verdicts: dict[int, bool | str] = {}
+    for graph in graphs:
+        for use in weight_uses(graph.module.graph, graph.parameters):
+            verdict = use.reason if use.reason is not None else use.input_axis == -2
+            if not isinstance(verdicts.get(id(use.parameter)), str):
+                verdicts[id(use.parameter)] = verdict
+    return verdicts
+
+
+def select_sites(
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    model: nn.Module,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
+) -> tuple[list[Site], list[Skipped]]:
+    """Apply the user's patterns. include: only these, the output head and embeddings too if named; exclude: not these."""
+    chosen, left = list(sites), list(skipped)
+    if include is not None:
+        wanted = list(include)
+        chosen = [site for site in chosen if matches(site.name, wanted)]
+        named = {entry.name for entry in left if matches(entry.name, wanted) and entry.reason not in ("a convolution",)}
+        chosen += [_site(held, False) for held in _held(model) if held.names[0] in named]
+        left = [entry for entry in left if entry.name not in named]
+        left += [Skipped(site.name, "not included") for site in sites if site not in chosen]
+    if exclude is not None:
+        unwanted = list(exclude)
+        left += [Skipped(site.name, "excluded") for site in chosen if matches(site.name, unwanted)]
+        chosen = [site for site in chosen if not matches(site.name, unwanted)]
+    return chosen, left
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a model: how it is stored, what it takes, and why it is in float if it is."""
+
+    name: str
+    spec: WeightSpec | None
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    reason: str | None = None
+
+
+def inventory(model: nn.Module, skipped: Sequence[Skipped] = ()) -> list[Entry]:
+    """What a model holds: an entry for every parameter, tied ones once."""
+    reasons = {entry.name: entry.reason for entry in skipped}
+    entries = []
+    for name, weight in model.named_parameters():
+        is_quantized = isinstance(weight, QuantTensor)
+        size = weight.nbytes if is_quantized else weight.numel() * weight.element_size()
+        dtype = str(weight.dtype).removeprefix("torch.")
+        spec = weight.spec if isinstance(weight, QuantTensor) else None
+        entries.append(Entry(name, spec, tuple(weight.shape), dtype, size, reasons.get(name)))
+    return entries
