@@ -1,0 +1,170 @@
+"""Texts to calibrate and evaluate on: two that every Python carries, files, and data sets.
+
+    docs   the language reference in `pydoc_data.topics`: technical English
+    code   sources of the standard library: Python
+
+Both are the same on every machine with the same Python version, and need no download.
+"""
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptqc.errors import PtqcError
+
+__all__ = ["EMBEDDED", "code", "docs", "read_dataset", "read_documents", "tokenize"]
+
+_CODE_FILES = (
+    "argparse.py", "ast.py", "base64.py", "bisect.py", "calendar.py", "cmd.py", "codecs.py", "configparser.py",
+    "contextlib.py", "copy.py", "csv.py", "dataclasses.py", "difflib.py", "dis.py", "enum.py", "fractions.py",
+    "ftplib.py", "functools.py", "gettext.py", "gzip.py", "heapq.py", "inspect.py", "ipaddress.py", "mimetypes.py",
+    "optparse.py", "pdb.py", "pickle.py", "platform.py", "pprint.py", "queue.py", "random.py", "shutil.py", "socket.py",
+    "statistics.py", "subprocess.py", "tarfile.py", "tempfile.py", "textwrap.py", "threading.py", "traceback.py",
+    "typing.py", "uuid.py", "warnings.py",
+)  # fmt: skip
+_PIECE = 1 << 18
+"""Characters tokenized at a time, so that a limit on tokens also bounds the work on a long text."""
+
+
+def docs() -> str:
+    """The English language reference of the running Python, its topics in alphabetical order."""
+    return "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics)) + "\n"
+
+
+def code() -> str:
+    """A fixed selection of the standard library's sources, in alphabetical order; what this Python lacks is left out.
+
+    Raises: PtqcError if the Python was installed without sources.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [library / name for name in _CODE_FILES if (library / name).is_file()]
+    if not files:
+        raise PtqcError(f"{library} holds no sources of the standard library; use the text 'docs' or a file")
+    return "\n\n".join(file.read_text(encoding="utf-8").strip() for file in files) + "\n"
+
+
+EMBEDDED: dict[str, Callable[[], str]] = {"docs": docs, "code": code}
+
+
+def read_documents(source: str | Path, column: str = "text") -> list[str]:
+    """The documents of an embedded text ("docs", "code"), or of a file.
+
+    .jsonl holds an object a line and .parquet a table: the field `column` of each is a document. Any other file is
+    one document of UTF-8 text.
+
+    Raises: PtqcError naming the file and what is wrong with it.
+    """
+    if str(source) in EMBEDDED:
+        return [EMBEDDED[str(source)]()]
+    path = Path(source)
+    if not _is_file(path):
+        known, shown = ", ".join(EMBEDDED), str(source) if len(str(source)) < 80 else f"{str(source)[:77]}..."
+        raise PtqcError(f"no text {shown!r}: neither a file nor one of the embedded texts ({known})")
+    documents = _READERS.get(path.suffix.lower(), _read_plain)(path, column)
+    if not any(document.strip() for document in documents):
+        raise PtqcError(f"{path} holds no text")
+    return documents
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a whole text given as a path: the name is too long
+        return False
+
+
+def _read_plain(path: Path, column: str) -> list[str]:
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise PtqcError(f"{path} is no UTF-8 text: byte {error.start} ({error.reason})") from None
+
+
+def _read_jsonl(path: Path, column: str) -> list[str]:
+    lines = _read_plain(path, column)[0].splitlines()
+    return [_field(path, number, line, column) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _field(path: Path, number: int, line: str, column: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise PtqcError(f"{path}, line {number} is no JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise PtqcError(f"{path}, line {number} has no text in {column!r} (found: {found})")
+    return str(row[column])
+
+
+def _read_parquet(path: Path, column: str) -> list[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise PtqcError(f"reading {path} takes pyarrow: pip install 'ptqc[datasets]'") from None
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise PtqcError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
+    return _strings(table.to_pydict(), column, str(path))
+
+
+_READERS: dict[str, Callable[[Path, str], list[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _strings(columns: dict[str, list[Any]], column: str, origin: str) -> list[str]:
+    if column not in columns:
+        raise PtqcError(f"{origin} has no column {column!r}; it has {', '.join(columns) or 'none'}")
+    return [str(value) for value in columns[column] if value is not None]
+
+
+def read_dataset(name: str, split: str = "test", column: str = "text") -> list[str]:
+    """One column of a data set that the `datasets` library knows; "name:config" picks a configuration.
+
+    Raises: PtqcError if it is not installed, or cannot find or download the data.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise PtqcError("reading data sets takes the datasets library: pip install 'ptqc[datasets]'") from None
+    path, _, config = name.partition(":")
+    try:
+        data = datasets.load_dataset(path, config or None, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PtqcError(f"cannot read split {split!r} of the data set {name!r}: {reason}") from None
+    if column not in data.column_names:
+        raise PtqcError(f"data set {name!r} has no column {column!r}; it has {', '.join(data.column_names)}")
+    return _strings({column: list(data[column])}, column, name)
+
+
+def tokenize(text: str, tokenizer: Any, limit: int | None = None) -> Tensor:
+    """Token ids [tokens] int64 of a text, without the special tokens that open or close a sequence.
+
+    limit: stop once this many tokens are there. The text is tokenized in pieces of a few hundred thousand characters
+    that end at line ends, so that ids do not depend on the limit.
+    """
+    ids: list[int] = []
+    for piece in _pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if limit is not None and len(ids) >= limit:
+            break
+    return torch.tensor(ids[:limit], dtype=torch.int64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    held: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        held.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield "".join(held)
+            held, size = [], 0
+    if held:
+        yield "".join(held)
