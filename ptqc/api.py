@@ -14,7 +14,7 @@ from torch import nn
 from ptqc.errors import PtqcError
 from ptqc.methods import Method, quantize_weight
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, Rule, load_recipe, make_rule, rule_for
+from ptqc.recipe import Recipe, Rule, fitted_spec, load_recipe, make_rule, rule_for
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 
@@ -100,12 +100,6 @@ def _assign(sites: Sequence[Site], rules: Recipe) -> tuple[list[tuple[Site, Rule
         else:
             work.append((site, rule))
     return work, left
-
-
-def fitted_spec(rule: Rule, shape: Sequence[int]) -> WeightSpec:
-    """The spec a rule gives a weight of `shape` [..., out, in]: exact if spelled out, else the nearest that divides."""
-    assert rule.spec is not None
-    return rule.spec if rule.is_exact else rule.spec.fit(shape)
 
 
 def _quantize_site(site: Site, rule: Rule) -> QuantTensor:

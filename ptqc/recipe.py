@@ -12,7 +12,7 @@ from ptqc.methods import METHODS, Method
 from ptqc.select import matches
 from ptqc.spec import WeightSpec
 
-__all__ = ["Recipe", "Rule", "load_recipe", "make_method", "make_rule"]
+__all__ = ["Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "rule_for"]
 
 _RULE_KEYS = ("pattern", "method", "bits", "group_size", "spec", "options")
 
@@ -111,3 +111,9 @@ def _read(path: Path) -> Sequence[Mapping[str, Any]]:
 def rule_for(name: str, recipe: Recipe) -> Rule | None:
     """The first rule whose pattern matches the parameter `name`."""
     return next((rule for rule in recipe if matches(name, [rule.pattern])), None)
+
+
+def fitted_spec(rule: Rule, shape: Sequence[int]) -> WeightSpec:
+    """The spec a rule gives a weight of `shape` [..., out, in]: exact if spelled out, else the nearest that divides."""
+    assert rule.spec is not None
+    return rule.spec if rule.is_exact else rule.spec.fit(shape)

@@ -20,7 +20,7 @@ from ptqc.select import matches
 from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
 
-__all__ = ["Entry", "Site", "Skipped", "find_sites", "inventory", "select_sites"]
+__all__ = ["Entry", "Site", "Skipped", "find_sites", "inventory", "output_head", "select_sites"]
 
 log = logging.getLogger("ptqc")
 
@@ -84,7 +84,7 @@ def find_sites(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tupl
     sites: list[Site] = []
     skipped: list[Skipped] = []
     unclear: list[_Held] = []
-    head = _output_head(model)
+    head = output_head(model)
     for held in _held(model):
         if isinstance(held.weight, QuantTensor):
             continue
@@ -109,7 +109,8 @@ def _site(held: _Held, is_transposed: bool) -> Site:
     return Site(held.names[0], held.weight, tuple(held.owners), is_transposed)
 
 
-def _output_head(model: nn.Module) -> Tensor | None:
+def output_head(model: nn.Module) -> Tensor | None:
+    """The weight of the output head of a transformers model, None where there is none."""
     ask = getattr(model, "get_output_embeddings", None)
     head = ask() if callable(ask) else None
     weight = getattr(head, "weight", None)

@@ -73,12 +73,20 @@ def weight_uses(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[W
         for operand, axis in operands:
             for source in behind[operand] & uses.keys():
                 _note(uses[source], node, operand, axis)
-        if not operands and node.all_input_nodes and all(source in behind for source in node.all_input_nodes):
-            behind[node] = frozenset().union(*(behind[source] for source in node.all_input_nodes))
+        sources = _gathered(node) or node.all_input_nodes
+        if not operands and sources and all(source in behind for source in sources):
+            behind[node] = frozenset().union(*(behind[source] for source in sources))
     found = [use for use in uses.values() if use.contractions]
     for use in found:
         use.reason = _reason_to_keep(use)
     return found
+
+
+def _gathered(node: fx.Node) -> list[fx.Node]:
+    """What a gather reads: rows of a weight stay weights, whatever chose them."""
+    if function_name(node) in ("getitem", "index_select", "__getitem__") and isinstance(node.args[0], fx.Node):
+        return [node.args[0]]
+    return []
 
 
 def _contracted_operands(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, int | None]]:

@@ -1,0 +1,184 @@
+"""Does `torch.compile(model, backend="ptqc", options=...)` agree with the quantized model run eagerly, on every architecture?
+
+    python -m benchmarks.architectures [--only causal/gpt2 ...] [--methods hqq,nf4] [--workers 2] [--json FILE]
+
+Each tiny model of `benchmarks/zoo` runs in a process of its own: compiled with quantization inside the backend, then
+eagerly with the very weights the backend made. Reported per model and method: relative error of the output, weights
+quantized, weights left in float with and without a reason. Linear-like weights are counted by watching eager execution,
+independently of the compiler's own analysis. Finished models are kept in the JSON-lines file beside FILE, so a killed run resumes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TOLERANCE = 1e-3
+
+
+def watch_products(model, inputs):
+    """Names of the float matrices that eager execution multiplies with, found by storage."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    owner = {p.untyped_storage()._cdata: name for name, p in model.named_parameters() if p.ndim >= 2}
+    aten = torch.ops.aten
+    operands = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            positions = operands.get(func, (0, 1) if "grouped_mm" in str(func) else ())
+            for position in positions:
+                if isinstance(args[position], torch.Tensor):
+                    seen.add(owner.get(args[position].untyped_storage()._cdata))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        model(**inputs)
+    return seen - {None}
+
+
+def with_weights(model, stored):
+    """A copy of the model whose parameters are the given stored weights, tied ones too."""
+    import copy
+
+    from torch import nn
+
+    by_id = {id(dict(model.named_parameters())[name]): weight for name, weight in stored.items()}
+    memo = {key: nn.Parameter(weight, requires_grad=False) for key, weight in by_id.items()}
+    return copy.deepcopy(model, memo)
+
+
+def check(key, methods):
+    """One row per method for one architecture."""
+    import torch
+
+    from benchmarks.zoo import zoo
+    from ptqc.backend import kept_weights, stored_weights
+
+    torch.set_num_threads(1)
+    rows = []
+    for method in methods:
+        row = {"arch": key, "method": method}
+        start = time.time()
+        try:
+            model, inputs = zoo.build(key)
+            torch._dynamo.reset()
+            options = {"method": method} | ({"bits": 4, "group_size": 64} if method in ("hqq", "rtn") else {})
+            compiled = torch.compile(model, backend="ptqc", options=options)
+            with torch.no_grad():
+                zoo_out = zoo.primary_output
+                got = zoo_out(compiled(**inputs))
+                stored, kept = stored_weights(model), kept_weights(model)
+                expected = zoo_out(with_weights(model, stored)(**inputs))
+                exact = zoo_out(model(**inputs))
+            error = (got.double() - expected.double()).norm() / expected.double().norm()
+            weights = watch_products(model, inputs)
+            left = sorted(weights - set(stored))
+            row |= {
+                "rel": float(error),
+                "rel_to_float": float((expected.double() - exact.double()).norm() / exact.double().norm()),
+                "quantized": len(stored),
+                "kept": {name: kept[name] for name in left if name in kept},
+                "silent": [name for name in left if name not in kept],
+            }
+        except Exception as failure:
+            row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+        row["seconds"] = round(time.time() - start, 1)
+        rows.append(row)
+    return rows
+
+
+def run_apart(key, methods, timeout):
+    """`check` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.architectures", "--worker", key, "--methods", ",".join(methods)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
+        rows = [json.loads(line[4:]) for line in lines]
+        failure = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    except subprocess.TimeoutExpired:
+        rows, failure = [], [f"more than {timeout} s"]
+    return rows or [{"arch": key, "method": method, "failure": failure[0]} for method in methods]
+
+
+def summarise(rows, methods):
+    """The table and its totals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=150)
+    bad = [row for row in rows if "failure" in row or row["rel"] > TOLERANCE or row["silent"]]
+    table = Table("architecture", "method", "relative error", "what", title="misses")
+    for row in bad:
+        what = row.get("failure") or (f"silent: {row['silent'][:4]}" if row["silent"] else "")
+        table.add_row(row["arch"], row["method"], f"{row.get('rel', float('nan')):.1e}", what[:90])
+    console.print(table)
+    summary = []
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        ran = [row for row in mine if "failure" not in row]
+        entry = {
+            "method": method,
+            "architectures": len(mine),
+            "within": sum(row["rel"] <= TOLERANCE for row in ran),
+            "failed": len(mine) - len(ran),
+            "quantized": sum(row["quantized"] for row in ran),
+            "kept_with_reason": sum(len(row["kept"]) for row in ran),
+            "silent": sum(len(row["silent"]) for row in ran),
+        }
+        summary.append(entry)
+        console.print(
+            f"{method}: {entry['within']} of {entry['architectures']} within {TOLERANCE:g} "
+            f"({100 * entry['within'] / max(1, len(mine)):.1f}%), {entry['failed']} failed, {entry['quantized']} weights "
+            f"quantized, {entry['kept_with_reason']} kept with a reason, {entry['silent']} silently left"
+        )
+    return summary
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--methods", default="hqq,nf4")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker")
+    arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if arguments.worker:
+        for row in check(arguments.worker, methods):
+            print("ROW " + json.dumps(row), flush=True)
+        return
+    names = (Path(__file__).parent / "zoo" / "zoo_open.txt").read_text().splitlines()
+    keys = arguments.only or [line.split("\t")[0] for line in names if line.strip()]
+    journal = arguments.json.with_suffix(".jsonl") if arguments.json else None
+    rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal and journal.exists() else []
+    todo = [key for key in keys if key not in {row["arch"] for row in rows}]
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for done, new in enumerate(pool.map(lambda key: run_apart(key, methods, arguments.timeout), todo), 1):
+            rows += new
+            errors = ", ".join(row.get("failure", f"{row.get('rel', 0):.1e}")[:200] for row in new)
+            print(f"[{done}/{len(todo)}] {new[0]['arch']}: {errors}", flush=True)
+            if journal:
+                with journal.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in new)
+    summary = summarise(rows, methods)
+    if arguments.json:
+        import torch
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+        result = {"summary": summary, "rows": rows, "versions": versions, "date": time.strftime("%Y-%m-%d")}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""From a request to a kernel that runs: ask the targets in order, cache the text, load it, make it an operator.
+
+Texts live in one folder per user (PTQC_CACHE, else ~/.cache/ptqc/kernels), named by their hash and put there by rename,
+so several processes may share it. The hash is in the operator's name, so a cached Inductor graph cannot call another text.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptqc import ops
+from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
+
+__all__ = ["kernel_for"]
+
+log = logging.getLogger("ptqc")
+_LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
+
+
+@cache
+def _targets() -> list[tuple[str, Emitter]]:
+    emitters = [(name, TARGETS.get(name)()) for name in TARGETS.names()]
+    return sorted(emitters, key=lambda pair: pair[1].rank)
+
+
+@cache
+def kernel_for(request: KernelRequest) -> Kernel:
+    """The kernel of the first target that does not refuse the request; the reference never does."""
+    refusals: list[tuple[str, str]] = []
+    for name, emitter in _targets():
+        reason = emitter.refuses(request)
+        if reason is None:
+            log.info("%s [%d, %d] %s: %s", request.spec, request.n, request.k, request.dtype, name)
+            return _load(name, emitter.emit(request), request, tuple(refusals))
+        refusals.append((name, reason))
+    raise AssertionError("the reference target refused a request")
+
+
+def _load(target: str, source: KernelSource, request: KernelRequest, refusals: tuple[tuple[str, str], ...]) -> Kernel:
+    if source.operator is not None:
+        return Kernel(target, ops.linear, list, (str(request.spec),), refusals)
+    module = load_text(source.text)
+    return Kernel(target, _operator(module), module.prepare, (request.n,), refusals)
+
+
+def load_text(text: str) -> ModuleType:
+    """Import a generated module from the cache, writing it there if it is new."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = _cache_folder() / f"k_{digest}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def _cache_folder() -> Path:
+    wanted = Path(os.environ.get("PTQC_CACHE") or Path.home() / ".cache" / "ptqc" / "kernels")
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        if os.access(wanted, os.W_OK):
+            return wanted
+    except OSError:
+        log.info("%s cannot be written", wanted)
+    return _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="ptqc-kernels-"))
+
+
+def _operator(module: ModuleType) -> Any:
+    """Register `module.run` as ptqc::<name of the text>(x, parts, bias)."""
+    name = module.__name__
+    if not hasattr(torch.ops.ptqc, name):
+        _LIBRARY.define(f"{name}(Tensor x, Tensor[] parts, int n, Tensor? bias) -> Tensor")
+
+        def run(x: Tensor, parts: Sequence[Tensor], n: int, bias: Tensor | None) -> Tensor:
+            product: Tensor = module.run(x.reshape(-1, x.shape[-1]), parts, bias)
+            return product.view(*x.shape[:-1], n)
+
+        def fake(x: Tensor, parts: Sequence[Tensor], n: int, bias: Tensor | None) -> Tensor:
+            return x.new_empty((*x.shape[:-1], n))
+
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ptqc::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ptqc, name).default

@@ -1,0 +1,1 @@
+"""Targets: one file each, registered under the name of the file (see `ptqc.requests.Emitter`)."""

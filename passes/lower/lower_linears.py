@@ -1,0 +1,175 @@
+"""Pass lower-linears: replace products with stored weights by kernels.
+
+1. linear(x, W, b), W stored [out, in]           -> kernel(x, parts, b)
+2. addmm(b, x, W) and matmul(x, W), W [in, out]  -> kernel(x, parts, b)    (Conv1D)
+3. matmul(x, t(W)), W stored [out, in]           -> kernel(x, parts, None)
+4. bmm(x, transpose(W)) of an expert stack       -> ptqc::bmm(x, parts)
+5. any other use of W                            -> ptqc::dequantize(parts), once, before its first such use
+It fires for every weight in `context.quantized` and for nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ptqc import ops
+from ptqc.pipeline import Context, Pass
+from ptqc.qtensor import QuantTensor
+from ptqc.requests import KernelRequest
+from ptqc.weights import function_name
+
+__all__ = ["LowerLinears"]
+
+_PRODUCTS = frozenset({"matmul", "mm", "__matmul__"})
+_TRANSPOSES = frozenset({"t", "transpose", "mT", "T"})
+
+
+@dataclass(frozen=True)
+class LowerLinears(Pass):
+    """names: qualified name of each get_attr node, for the record of what was chosen."""
+
+    name: ClassVar[str] = "lower-linears"
+
+    names: dict[fx.Node, str]
+
+    def run(self, module: fx.GraphModule, context: Context) -> int:
+        """Rewrite every use. Returns how many uses were rewritten."""
+        uses = sum(_Weight(module, context, node, self.names[node], stored).lower() for node, stored in context.quantized.items())
+        for node in context.quantized:
+            module.graph.erase_node(node)
+            delattr(module, str(node.target))
+        return uses
+
+
+@dataclass
+class _Weight:
+    """One stored weight on its way into the graph."""
+
+    module: fx.GraphModule
+    context: Context
+    node: fx.Node
+    name: str
+    stored: QuantTensor
+
+    def lower(self) -> int:
+        """Rewrite all uses of the weight; return how many there were."""
+        users = list(self.node.users)
+        rest = [user for user in users if not self._lower_use(user)]
+        if rest:
+            self._dequantize(rest)
+        return len(users)
+
+    def _lower_use(self, user: fx.Node) -> bool:
+        call = _as_linear(user, self.node, self.stored.is_transposed)
+        if call is not None and self.stored.ndim == 2 and _is_floating(call.x, self.stored.dtype):
+            self._call_kernel(user, call)
+            return True
+        if function_name(user) not in _TRANSPOSES or not _swaps_last(user, self.node):
+            return False
+        lowered = [self._lower_transposed(product, user) for product in list(user.users)]
+        if all(lowered):
+            self.module.graph.erase_node(user)
+        return all(lowered)
+
+    def _lower_transposed(self, product: fx.Node, view: fx.Node) -> bool:
+        call = _as_linear(product, view, not self.stored.is_transposed)
+        if call is None or not _is_floating(call.x, self.stored.dtype):
+            return False
+        if self.stored.ndim == 2:
+            self._call_kernel(product, call)
+            return True
+        if self.stored.ndim == 3 and function_name(product) == "bmm":
+            with self.module.graph.inserting_before(product):
+                parts = self._parts(list(self.stored.parts.values()))
+                self._replace(product, ops.bmm, (call.x, parts, str(self.stored.spec)))
+            return True
+        return False
+
+    def _call_kernel(self, user: fx.Node, call: "_Linear") -> None:
+        shape = self.stored.stored_shape
+        request = KernelRequest(
+            self.stored.spec, shape[0], shape[1], self.stored.dtype, self.stored.device.type, needs_grad=_needs_grad()
+        )
+        kernel = self.context.kernel(request)
+        self.context.chosen.append((self.name, kernel))
+        parts = list(self.stored.parts.values())
+        with self.module.graph.inserting_before(user):
+            nodes = self._parts(kernel.prepare(parts), kernel.target)
+            self._replace(user, kernel.call, (call.x, nodes, *kernel.arguments, call.bias))
+
+    def _replace(self, old: fx.Node, function: Any, arguments: tuple[Any, ...]) -> None:
+        new = self.module.graph.call_function(function, arguments)
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        self.module.graph.erase_node(old)
+
+    def _dequantize(self, users: Sequence[fx.Node]) -> None:
+        order = {node: position for position, node in enumerate(self.module.graph.nodes)}
+        with self.module.graph.inserting_before(min(users, key=order.__getitem__)):
+            nodes = self._parts(list(self.stored.parts.values()))
+            arguments = (nodes, str(self.stored.spec), list(self.stored.stored_shape), self.stored.dtype)
+            plain = self.module.graph.call_function(ops.dequantize, arguments)
+            if self.stored.is_transposed:
+                plain = self.module.graph.call_function(torch.transpose, (plain, -1, -2))
+        plain.meta = {key: value for key, value in self.node.meta.items() if key != "tensor_dict"}
+        for user in users:
+            user.replace_input_with(self.node, plain)
+
+    def _parts(self, parts: Sequence[Tensor], target: str = "parts") -> list[fx.Node]:
+        """get_attr nodes for the parts, each registered once per weight and target."""
+        nodes = []
+        for index, part in enumerate(parts):
+            attribute = f"{self.node.target}_{target}_{index}"
+            if not hasattr(self.module, attribute):
+                self.module.register_buffer(attribute, part)
+            nodes.append(self.module.graph.get_attr(attribute))
+        return nodes
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """x @ W.T + bias, W being [..., out, in]."""
+
+    x: fx.Node
+    bias: fx.Node | None
+
+
+def _as_linear(node: fx.Node, weight: fx.Node, is_in_out: bool) -> _Linear | None:
+    """Read a node as a product with `weight`, which is [..., in, out] if `is_in_out`, else [..., out, in]."""
+    name = function_name(node)
+    arguments = {**dict(enumerate(node.args)), **node.kwargs}
+    if name == "linear" and not is_in_out:
+        x, operand = arguments.get(0, arguments.get("input")), arguments.get(1, arguments.get("weight"))
+        bias = arguments.get(2, arguments.get("bias"))
+    elif name == "addmm" and is_in_out and len(node.args) == 3 and not node.kwargs and _ndim(node.args[0]) == 1:
+        bias, x, operand = node.args
+    elif name in (_PRODUCTS | {"bmm"}) and is_in_out and len(node.args) == 2:
+        (x, operand), bias = node.args, None
+    else:
+        return None
+    if operand is not weight or not isinstance(x, fx.Node) or x is weight or bias is weight or _ndim(x) < 2:
+        return None
+    return _Linear(x, bias)
+
+
+def _swaps_last(view: fx.Node, weight: fx.Node) -> bool:
+    ndim = _ndim(weight)
+    axes = [axis % ndim for axis in view.args[1:] if isinstance(axis, int)]
+    return ndim == 2 if not axes else sorted(axes) == [ndim - 2, ndim - 1]
+
+
+def _ndim(node: Any) -> int:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value.ndim if isinstance(value, Tensor) else 0
+
+
+def _is_floating(x: fx.Node, dtype: torch.dtype) -> bool:
+    value = x.meta.get("example_value")
+    return isinstance(value, Tensor) and value.dtype == dtype
+
+
+def _needs_grad() -> bool:
+    return torch.is_grad_enabled()
