@@ -10,26 +10,24 @@ Changing a parameter after compilation is not seen, as with Inductor's freezing.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ptqc.codegen.build import kernel_for
 from ptqc.errors import PtqcError
-from ptqc.methods import quantize_weight
 from ptqc.passes.lower.lower_linears import LowerLinears
 from ptqc.passes.lower.quantize_weights import QuantizeWeights
 from ptqc.passes.lower.unlift import Unlifted, unlift
 from ptqc.pipeline import Context, Pipeline
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, fitted_spec, load_recipe, make_rule, rule_for
-from ptqc.select import matches
-from ptqc.sites import output_head
+from ptqc.recipe import load_recipe, make_rule
+from ptqc.stored import Selection, kept_weights, learn_model, name_of, note_kept, stored_weights
 
 __all__ = ["kept_weights", "ptqc", "stored_weights"]
 
@@ -43,9 +41,7 @@ _OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "inducto
 class _Options:
     """What the user passed in `options`, checked."""
 
-    recipe: Recipe | None = None
-    include: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] = ()
+    selection: Selection | None = None
     free: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,7 +49,7 @@ class _Options:
     def parse(options: Mapping[str, Any] | None) -> "_Options":
         given = dict(options or {})
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
-        recipe: Recipe | None = None
+        common = {"free": bool(given.get("free", False)), "inductor": given.get("inductor", {})}
         if "recipe" in given:
             recipe = load_recipe(given["recipe"])
         elif "method" in given:
@@ -61,42 +57,11 @@ class _Options:
             recipe = [make_rule("*", given["method"], options=method_options or None, **request)]
         elif method_options or set(given) & set(_RULE_OPTIONS):
             raise PtqcError(f"options {sorted(given)} name no method; known options: {', '.join(_OWN_OPTIONS)}")
+        else:
+            return _Options(None, **common)
         include = given.get("include")
-        return _Options(
-            recipe,
-            None if include is None else tuple(include),
-            tuple(given.get("exclude", ())),
-            bool(given.get("free", False)),
-            given.get("inductor", {}),
-        )
-
-
-# Stored weights by parameter, then by the rule that made them: a recompile must not quantize again, and cannot once
-# the float values are freed.
-_STORED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_HEADS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def stored_weights(model: nn.Module) -> dict[str, QuantTensor]:
-    """The weights that the backend has quantized for the parameters of `model`, by name.
-
-    Raises: PtqcError if a parameter was quantized in more than one way.
-    """
-    found = {}
-    for name, parameter in model.named_parameters():
-        made = list(_STORED.get(parameter, {}).values())
-        if len(made) > 1:
-            raise PtqcError(f'"{name}" was compiled with {len(made)} different recipes')
-        if made:
-            found[name] = made[0]
-    return found
-
-
-def kept_weights(model: nn.Module) -> dict[str, str]:
-    """The weights that the backend has left in float, and why, by name."""
-    named = model.named_parameters()
-    return {name: _KEPT[parameter] for name, parameter in named if parameter in _KEPT and parameter not in _STORED}
+        selection = Selection(recipe, None if include is None else tuple(include), tuple(given.get("exclude", ())))
+        return _Options(selection, **common)
 
 
 def ptqc(
@@ -111,75 +76,75 @@ def ptqc(
     mode: an Inductor mode ("reduce-overhead", "max-autotune"). Raises: PtqcError for unknown options.
     """
     parsed = _Options.parse(options)
+    learn_model()
+    _warn_of_break(gm, parsed)
     graph = unlift(gm, example_inputs)
+    names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
     context = Context(kernel_for)
-    _remember_head()
-    store = None if parsed.recipe is None else _store(parsed)
-    names = dict(graph.names)
-    passes = [QuantizeWeights(graph.parameters, graph.names, store), LowerLinears(names)]
-    Pipeline(passes).run(graph.module, context)
+    store = parsed.selection.store if parsed.selection else None
+    Pipeline([QuantizeWeights(graph.parameters, names, store), LowerLinears(names)]).run(graph.module, context)
+    for node, reason in context.kept.items():
+        note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:
         _free(graph, context)
-    for node, reason in context.kept.items():
-        _KEPT[graph.parameters[node]] = reason
-        log.info('"%s" stays in float: %s', graph.names[node], reason)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
     compiled = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
-    return lambda *arguments: compiled(*[arguments[i] for i in graph.kept])
+    return _Compiled(gm, graph, compiled, options, mode)
 
 
-def _store(options: _Options) -> Callable[[str, Tensor, bool], QuantTensor | str]:
-    """What quantize-weights asks: the stored form of a parameter, or the reason to leave it."""
-    assert options.recipe is not None
-    recipe = options.recipe
+class _Compiled:
+    """A compiled graph that holds its weights, for the parameters it was compiled with.
 
-    def store(name: str, weight: Tensor, is_transposed: bool) -> QuantTensor | str:
-        if not isinstance(weight, nn.Parameter):
-            return "a buffer, not a parameter"
-        if options.include is not None and not matches(name, options.include):
-            return "not included"
-        if options.include is None and weight in _HEADS:
-            return "the output head (name it in include to quantize it)"
-        if matches(name, options.exclude):
-            return "excluded"
-        rule = rule_for(name, recipe)
-        if rule is None or rule.method is None:
-            return "no rule of the recipe matches" if rule is None else "the recipe keeps it"
-        made = _STORED.setdefault(weight, {})
-        if rule not in made:
-            spec = fitted_spec(rule, weight.mT.shape if is_transposed else weight.shape)
-            made[rule] = quantize_weight(weight, rule.method, spec, name=name, is_transposed=is_transposed)
-        stored: QuantTensor = made[rule]
-        return stored
-
-    return store
-
-
-def _remember_head() -> None:
-    """Note the output head of the model that is being compiled, if it is a transformers model.
-
-    Dynamo does not tell backends which module it traces; its translator does.
+    Dynamo reuses the code of a frame for every module of one class, with other parameters as inputs, without asking the
+    backend. Other parameters therefore get a compiled graph of their own here.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    try:
-        scope = InstructionTranslator.current_tx().output.local_scope
-    except AttributeError:  # not called by dynamo
-        return
-    for value in scope.values():
-        head = output_head(value) if isinstance(value, nn.Module) else None
-        if head is not None:
-            _HEADS[head] = True
+    def __init__(
+        self, gm: fx.GraphModule, graph: Unlifted, compiled: Callable[..., Any], options: Any, mode: str | None
+    ) -> None:
+        self._compiled, self._kept = compiled, tuple(graph.kept)
+        self._expected = [(i, weakref.ref(p)) for i, p in zip(graph.positions, graph.parameters.values(), strict=True)]
+        self._source = fx.GraphModule(gm, gm.graph)  # dynamo clears its own after compilation
+        self._compile = {"backend": ptqc, "options": options, **({"mode": mode} if mode else {})}
+        self._variants: dict[tuple[int, ...], tuple[list[Any], Callable[..., Any]]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        for index, parameter in self._expected:
+            if arguments[index] is not parameter():
+                return self._variant(arguments)(*[arguments[i] for i in self._kept])
+        return self._compiled(*[arguments[i] for i in self._kept])
+
+    def _variant(self, arguments: Sequence[Any]) -> Callable[..., Any]:
+        parameters = [arguments[index] for index, _ in self._expected]
+        key = tuple(map(id, parameters))
+        if key not in self._variants:
+            module = unlift(self._source, arguments).module
+            module.meta = {}
+            self._variants[key] = (parameters, _recompile(module, self._compile))
+        return self._variants[key][1]
+
+
+def _recompile(module: nn.Module, settings: Mapping[str, Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(module, **settings)
+    return compiled
+
+
+def _warn_of_break(gm: fx.GraphModule, options: _Options) -> None:
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if options.selection is not None and getattr(reason, "graph_break", False):
+        first = str(getattr(reason, "reason", "")).strip().split("\n")[0]
+        log.warning(
+            "graph break (%s): weights used between graphs stay in float; "
+            "ptqc.quantize(model, ...) before torch.compile reaches them all",
+            first,
+        )
 
 
 def _free(graph: Unlifted, context: Context) -> None:
     """Release the float values of every weight that was quantized here and is used in no other way."""
-    remaining = {
-        id(value.untyped_storage())
-        for node, value in graph.parameters.items()
-        if node not in context.quantized and not isinstance(value, QuantTensor)
-    }
+    others = [value for node, value in graph.parameters.items() if node not in context.quantized]
+    remaining = {value.untyped_storage()._cdata for value in others if not isinstance(value, QuantTensor)}
     for node in context.quantized:
         weight = graph.parameters[node]
-        if not isinstance(weight, QuantTensor) and id(weight.untyped_storage()) not in remaining:
+        if not isinstance(weight, QuantTensor) and weight.untyped_storage()._cdata not in remaining:
             weight.untyped_storage().resize_(0)

@@ -12,24 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["CapturedGraph", "capture", "is_static", "parameter_name"]
+__all__ = ["CapturedGraph", "capture", "parameter_name"]
 
 log = logging.getLogger("ptqc")
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """A graph and the parameter or buffer behind each of its static placeholders."""
+    """A graph and the parameter behind each placeholder that dynamo lifted."""
 
     module: fx.GraphModule
     parameters: Mapping[fx.Node, Tensor]
-
-
-def is_static(node: fx.Node, value: object) -> bool:
-    """Whether a placeholder stands for a parameter or buffer of the model rather than for an input."""
-    if isinstance(value, nn.Parameter):
-        return True
-    return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
 
 
 def parameter_name(node: fx.Node) -> str:
@@ -52,7 +45,7 @@ def capture(model: nn.Module, batch: Mapping[str, Any]) -> list[CapturedGraph]:
     def keep(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         pairs = zip(placeholders, inputs, strict=True)
-        graphs.append(CapturedGraph(module, {node: value for node, value in pairs if is_static(node, value)}))
+        graphs.append(CapturedGraph(module, {node: value for node, value in pairs if isinstance(value, nn.Parameter)}))
         return module.forward
 
     torch._dynamo.reset()

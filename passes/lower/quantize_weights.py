@@ -10,25 +10,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import fx, nn
 
 from ptqc.pipeline import Context, Pass
 from ptqc.qtensor import QuantTensor
-from ptqc.weights import weight_uses
+from ptqc.weights import WeightUse, weight_uses
 
 __all__ = ["QuantizeWeights"]
 
-Store = Callable[[str, Tensor, bool], QuantTensor | str]
+Store = Callable[[str, WeightUse], QuantTensor | str]
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """parameters, names: from `unlift`. store(name, weight, is_transposed) gives the stored weight, or the reason to
-    leave it."""
+    """parameters, names: from `unlift`. store(name, use) gives the stored weight, or the
+    reason to leave it."""
 
     name: ClassVar[str] = "quantize-weights"
 
-    parameters: Mapping[fx.Node, Tensor]
+    parameters: Mapping[fx.Node, nn.Parameter]
     names: Mapping[fx.Node, str]
     store: Store | None = None
 
@@ -42,7 +42,7 @@ class QuantizeWeights(Pass):
         floats = {node: value for node, value in self.parameters.items() if node not in context.quantized}
         for use in weight_uses(module.graph, floats):
             name = self.names[use.placeholder]
-            stored = use.reason or self.store(name, use.parameter, use.input_axis == -2)
+            stored = self.store(name, use)
             if isinstance(stored, str):
                 context.kept[use.placeholder] = stored
             else:
