@@ -18,11 +18,11 @@ from ptqc.qtensor import QuantTensor
 from ptqc.registry import Registry
 from ptqc.spec import SCALE_DTYPES, WeightSpec
 
-__all__ = ["METHODS", "Method", "quantize_weight", "whole_row"]
+__all__ = ["METHODS", "Method", "hold_scales", "quantize_weight", "rows_at_once", "whole_row"]
 
 log = logging.getLogger("ptqc")
 
-_ROWS_AT_ONCE = 1 << 22
+_WEIGHTS_AT_ONCE = 1 << 22
 """Weights handled at a time where rows are independent: bounds the float32 temporaries to a few times 16 MB."""
 
 
@@ -73,7 +73,7 @@ def quantize_weight(
         spec.groups(matrix.shape)
     except SpecError as error:
         raise SpecError(f'cannot store "{name}" as {spec}: {error}') from None
-    spec = _hold_scales(matrix, spec, name)
+    spec = hold_scales(spec, float(matrix.abs().amax()), name)
     reason = method.refuses(spec)
     if reason is not None:
         raise SpecError(f'"{name}": {reason}')
@@ -97,13 +97,16 @@ def _check(weight: Tensor, name: str) -> None:
         )
 
 
-def _hold_scales(matrix: Tensor, spec: WeightSpec, name: str) -> WeightSpec:
-    """The spec with float32 scales if its own scale type would overflow or lose all precision."""
+def hold_scales(spec: WeightSpec, magnitude: float, name: str) -> WeightSpec:
+    """The spec with float32 scales if its own scale type would overflow or lose all precision.
+
+    magnitude: of the largest weight.
+    """
     dtype = SCALE_DTYPES[spec.scale.dtype]
     if dtype != torch.float16:
         return spec
     largest = spec.book.largest if spec.book else 2 ** (spec.bits - 1) - 1 or 1
-    scale = float(matrix.abs().amax()) / largest
+    scale = magnitude / largest
     info = torch.finfo(torch.float16)
     if scale == 0 or info.tiny <= scale and 2 * scale <= info.max:
         return spec
@@ -111,14 +114,18 @@ def _hold_scales(matrix: Tensor, spec: WeightSpec, name: str) -> WeightSpec:
     return spec.with_scale_dtype("f32")
 
 
-def _choose(matrix: Tensor, method: Method, spec: WeightSpec, statistics: Mapping[str, Tensor]) -> storage.Codes:
+def rows_at_once(method: Method, spec: WeightSpec, in_features: int) -> int | None:
+    """How many rows a method is given at a time; None if it has to see the whole weight."""
     rows_are_independent = spec.rows == 1 and spec.scale.bits is None and not method.needs
-    if not rows_are_independent or matrix.numel() <= _ROWS_AT_ONCE:
+    return max(1, _WEIGHTS_AT_ONCE // in_features) if rows_are_independent else None
+
+
+def _choose(matrix: Tensor, method: Method, spec: WeightSpec, statistics: Mapping[str, Tensor]) -> storage.Codes:
+    step = rows_at_once(method, spec, matrix.shape[-1])
+    if step is None or matrix.numel() <= _WEIGHTS_AT_ONCE:
         return method.choose(matrix.float(), spec, statistics)
     flat = matrix.reshape(-1, matrix.shape[-1])
-    pieces = [
-        method.choose(rows.float(), spec, statistics) for rows in flat.split(max(1, _ROWS_AT_ONCE // flat.shape[-1]))
-    ]
+    pieces = [method.choose(rows.float(), spec, statistics) for rows in flat.split(step)]
     lead = matrix.shape[:-1]
     zero = None if pieces[0].zero is None else torch.cat([p.zero for p in pieces if p.zero is not None])
     return storage.Codes(

@@ -20,9 +20,12 @@ from ptqc.select import matches
 from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
 
-__all__ = ["Entry", "Site", "Skipped", "find_sites", "inventory", "output_head", "select_sites"]
+__all__ = ["UNKNOWN_USE", "Entry", "Site", "Skipped", "find_sites", "inventory", "output_head", "select_sites"]
 
 log = logging.getLogger("ptqc")
+
+UNKNOWN_USE = "how it is used is unknown without an example batch (pass calibration)"
+"""The reason that stands for: only running the model can tell."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -145,7 +148,7 @@ def _by_graph(model: nn.Module, unclear: Sequence[_Held], batch: Mapping[str, An
     verdicts = _verdicts(model, batch)
     for held in unclear:
         if verdicts is None:
-            yield "how it is used is unknown without an example batch (pass calibration)"
+            yield UNKNOWN_USE
         else:
             yield verdicts.get(id(held.weight), "no matrix product reads it")
 

@@ -1,0 +1,143 @@
+"""Output folders that appear whole or not at all: written beside their place under another name, then renamed."""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ptqc.errors import CheckpointError, PtqcError
+
+try:
+    import fcntl
+except ImportError:  # Windows: stale temporary folders stay
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["refuse_target", "require_space", "staged"]
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Refuse to begin a checkpoint of `needed` bytes on a disk that cannot hold it.
+
+    Raises: CheckpointError that says how much is missing.
+    """
+    existing = next(folder for folder in target.resolve().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"{target} would take {needed / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free in {existing}; "
+            "free some space or choose another disk"
+        )
+
+
+@contextmanager
+def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the body ends, and vanishes when it fails.
+
+    Folders that dead runs left are removed. overwrite: a model folder may be replaced; nothing else ever is.
+
+    Raises: CheckpointError if the target may not be replaced, or cannot be written.
+    """
+    path = Path(target).resolve()
+    try:
+        refuse_target(path, overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        staging = _hidden(path, "part")
+        staging.mkdir()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    lock = _hold(staging)
+    try:
+        yield staging
+        _put_in_place(staging, path)
+    except PtqcError:
+        raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "choose a disk that holds larger files",
+}
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    advice = _ADVICE.get(error.errno or 0, "choose a folder you may write to")
+    return CheckpointError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
+def refuse_target(path: Path, overwrite: bool) -> None:
+    """Hold a target against the rules of `staged` before work begins.
+
+    Raises: CheckpointError if it is a file, or a folder that may not be replaced.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the name of a folder to write")
+    names = sorted(file.name for file in path.iterdir())
+    if not names:
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path} exists and is not empty; choose another folder, or ask for overwrite")
+    is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    folders = [file.name for file in path.iterdir() if file.is_dir()]
+    if not is_model or folders:
+        found = f"the folder {folders[0]}" if folders else f"{len(names)} files, no model"
+        raise CheckpointError(f"{path} holds {found}; only a plain model folder is overwritten, choose another")
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.ptqc-{kind}-{secrets.token_hex(4)}")
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives; None if it is in use, or cannot be locked here."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary folders of runs that died."""
+    pattern = re.compile(re.escape(f".{path.name}.ptqc-part-") + "[0-9a-f]{8}")
+    for other in path.parent.iterdir():
+        if not pattern.fullmatch(other.name) or not other.is_dir():
+            continue
+        lock = _hold(other)
+        if lock is not None:
+            shutil.rmtree(other, ignore_errors=True)
+            os.close(lock)
+
+
+def _put_in_place(staging: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        os.replace(staging, path)
+        return
+    before = _hidden(path, "old")  # another kind: a run that dies right here must not lose it to the next one's sweep
+    os.replace(path, before)
+    try:
+        os.replace(staging, path)
+    except OSError:
+        with suppress(OSError):
+            os.replace(before, path)
+        raise
+    shutil.rmtree(before, ignore_errors=True)

@@ -1,0 +1,271 @@
+"""Quantizing a model folder tensor by tensor: the float model is never in memory, the folder equals what `save` writes.
+
+1. headers and config are read, and the architecture is built without weights, to learn which tensors are weights;
+2. every weight to quantize is read once in pieces: NaN is found before a byte is written, and its spec is final;
+3. all sizes being known, the output is written: weights a few rows at a time where the method allows it, everything
+   else as it is.
+
+Where the tensors of the folder are not the parameters of the model one by one (experts merged on load), the model is
+loaded whole instead, and the log says so.
+"""
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ptqc import storage
+from ptqc.architecture import build_empty
+from ptqc.assign import assign, quantize_site
+from ptqc.checkpoint import load, save, write_folder
+from ptqc.errors import CheckpointError, PtqcError, SpecError, WeightError
+from ptqc.folder import ModelFolder, copy_companions, open_folder
+from ptqc.manifest import FLOAT_DTYPES, Manifest, StoredWeight, manifest_of
+from ptqc.methods import Method, hold_scales, quantize_weight, rows_at_once
+from ptqc.recipe import Recipe, Rule, fitted_spec
+from ptqc.safefile import TensorEntry
+from ptqc.shards import Append, Block
+from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
+from ptqc.sources import Sources, direct_sources
+from ptqc.spec import WeightSpec
+from ptqc.staging import refuse_target, staged
+
+__all__ = ["OnProgress", "StreamReport", "quantize_folder"]
+
+log = logging.getLogger("ptqc")
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with the bytes of the source that are done, the bytes there are, and the tensor just finished."""
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What was done.
+
+    weights: the quantized ones by name. skipped: matrices left in float, and why. is_streamed: False if the model had
+    to be loaded whole.
+    """
+
+    weights: Mapping[str, StoredWeight]
+    skipped: tuple[Skipped, ...]
+    source_bytes: int
+    written_bytes: int
+    is_streamed: bool
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the caller asked for."""
+
+    recipe: Recipe
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+    on_progress: OnProgress
+    overwrite: bool
+    max_shard_bytes: float
+    trust_remote_code: bool
+
+
+def quantize_folder(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: Method | None = None,
+    spec: WeightSpec | None = None,
+    recipe: Recipe | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    on_progress: OnProgress | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: float = 5e9,
+    trust_remote_code: bool = False,
+) -> StreamReport:
+    """Quantize the model in `source` (a folder, or a hub repository "organisation/name") into the folder `out`.
+
+    method, spec: for every weight, the spec giving way to the nearest group that divides; or a recipe instead.
+    include, exclude: patterns as for `ptqc.quantize`. The same source and recipe give the same bytes.
+
+    Raises: CheckpointError for a folder that cannot be read or written, WeightError and SpecError naming the weight;
+    nothing is left of `out` then.
+    """
+    request = _Request(
+        recipe=_recipe(method, spec, recipe),
+        include=None if include is None else tuple(include),
+        exclude=None if exclude is None else tuple(exclude),
+        on_progress=on_progress or (lambda done, total, name: None),
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        trust_remote_code=trust_remote_code,
+    )
+    stored, target = open_folder(source), Path(out).resolve()
+    _refuse_source(stored, target)
+    refuse_target(target, overwrite)
+    model = build_empty(stored, trust_remote_code)
+    sites, skipped = select_sites(*find_sites(model), model, request.include, request.exclude)
+    work, left = assign(sites, request.recipe)
+    sources = direct_sources(model, stored)
+    unclear = [entry.name for entry in skipped if entry.reason == UNKNOWN_USE]
+    if isinstance(sources, str) or unclear:
+        reason = sources if isinstance(sources, str) else f"only running the model shows how {unclear[0]} is used"
+        log.warning("%s: %s; loading the whole model instead of one weight at a time", stored.path, reason)
+        return _quantize_whole(stored, target, request)
+    if not work:
+        raise PtqcError(_nothing([*skipped, *left]))
+    return _quantize_streamed(stored, sources, work, (*skipped, *left), target, request)
+
+
+def _recipe(method: Method | None, spec: WeightSpec | None, recipe: Recipe | None) -> Recipe:
+    if recipe is not None and method is None and spec is None:
+        return recipe
+    if recipe is not None or method is None:
+        raise PtqcError("give either a method (with a spec, if it is not to be the method's own) or a recipe")
+    return [Rule("*", method, spec if spec is not None else method.spec())]
+
+
+def _refuse_source(stored: ModelFolder, target: Path) -> None:
+    if "quantization_config" in stored.config:
+        found = stored.config["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise CheckpointError(f"{stored.path} is already quantized ({method}); give the folder of the float model")
+    origin = stored.path.resolve()
+    if target == origin or target in origin.parents:
+        raise CheckpointError(f"{target} holds the model to quantize; write to another folder")
+
+
+def _nothing(skipped: Sequence[Skipped]) -> str:
+    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3])
+    return f"nothing would be quantized ({reasons or 'the model has no matrices'})"
+
+
+# -------------------------------------------------------------------- one weight at a time
+
+
+def _quantize_streamed(
+    stored: ModelFolder,
+    sources: Sources,
+    work: Sequence[tuple[Site, Rule]],
+    skipped: tuple[Skipped, ...],
+    target: Path,
+    request: _Request,
+) -> StreamReport:
+    dtype = _model_dtype(stored)
+    with staged(target, overwrite=request.overwrite) as staging:
+        blocks, weights = {}, {}
+        for name, (site, rule) in {site.name: (site, rule) for site, rule in work}.items():
+            entry = sources.entries[name]
+            weights[name] = _plan(site, rule, entry, dtype or entry.dtype)
+            assert rule.method is not None
+            blocks[name] = _quantized(name, entry, weights[name], rule.method)
+        ordered = [blocks.get(name) or _copied(name, entry) for name, entry in sources.entries.items()]
+        total, done = sum(block.source_bytes for block in ordered), 0
+
+        def on_block(block: Block) -> None:
+            nonlocal done
+            done += block.source_bytes
+            request.on_progress(done, total, block.name)
+
+        written = write_folder(staging, ordered, request.max_shard_bytes, target, on_block)
+        copy_companions(stored.path, staging, with_code=request.trust_remote_code)
+        _write_config(staging, stored, Manifest(weights, sources.tied), dtype)
+    return StreamReport(weights, skipped, total, written, is_streamed=True)
+
+
+def _model_dtype(stored: ModelFolder) -> torch.dtype | None:
+    """The dtype in which transformers would build the model; None if the config does not say."""
+    name = stored.config.get("dtype") or stored.config.get("torch_dtype")
+    return FLOAT_DTYPES.get(name) if isinstance(name, str) else None
+
+
+def _write_config(staging: Path, stored: ModelFolder, manifest: Manifest, dtype: torch.dtype | None) -> None:
+    config = dict(stored.config) | {"quantization_config": manifest.to_config()}
+    if dtype is None:
+        floats = [entry.dtype for entry in stored.entries.values() if entry.dtype in FLOAT_DTYPES.values()]
+        config["dtype"] = str(Counter(floats).most_common(1)[0][0]).removeprefix("torch.")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (staging / "config.json").write_text(text, encoding="utf-8")
+
+
+def _plan(site: Site, rule: Rule, entry: TensorEntry, dtype: torch.dtype) -> StoredWeight:
+    """How a weight will be stored. Reads it once: its values are checked, and its largest decides the scale type."""
+    assert rule.method is not None
+    shape = tuple(site.weight.mT.shape if site.is_transposed else site.weight.shape)
+    spec = fitted_spec(rule, shape)
+    try:
+        spec.groups(shape)
+    except SpecError as error:
+        raise SpecError(f'cannot store "{site.name}" as {spec}: {error}') from None
+    spec = hold_scales(spec, _magnitude(site.name, entry), site.name)
+    reason = rule.method.refuses(spec)
+    if reason is not None:
+        raise SpecError(f'"{site.name}": {reason}')
+    return StoredWeight(spec, shape, dtype, site.is_transposed)
+
+
+def _magnitude(name: str, entry: TensorEntry) -> float:
+    if not entry.dtype.is_floating_point:
+        raise WeightError(f'"{name}" is {entry.dtype} in {entry.path}; only float matrices are quantized, exclude it')
+    largest = 0.0
+    for piece in entry.pieces():
+        values = piece.view(entry.dtype)
+        low, high = (values.float() if entry.dtype.itemsize == 1 else values).aminmax()
+        largest = max(largest, -low.item(), high.item()) if math.isfinite(low.item() - high.item()) else math.inf
+        if largest == math.inf:
+            raise WeightError(
+                f'"{name}" in {entry.path} holds NaN or infinite values; '
+                "repair the checkpoint or leave this weight out (exclude)"
+            )
+    return largest
+
+
+def _copied(name: str, entry: TensorEntry) -> Block:
+    def produce(append: Append) -> None:
+        for piece in entry.pieces():
+            append(name, piece)
+
+    return Block(name, {name: (entry.shape, entry.dtype)}, produce, entry.nbytes)
+
+
+def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, method: Method) -> Block:
+    columns = stored.shape[-1]
+    step = None if stored.is_transposed else rows_at_once(method, stored.spec, columns)
+
+    def whole(append: Append) -> None:
+        weight = quantize_weight(entry.read(), method, stored.spec, name=name, is_transposed=stored.is_transposed)
+        for part, value in weight.parts.items():
+            append(f"{name}.{part}", value)
+
+    def by_rows(append: Append) -> None:
+        rows = math.prod(stored.shape[:-1])
+        for start in range(0, rows, step or rows):
+            weight = entry.rows(start, min(start + (step or rows), rows)).float()
+            for part, value in storage.encode(method.choose(weight, stored.spec, {}), stored.spec).items():
+                append(f"{name}.{part}", value)
+
+    return Block(name, stored.layout(name), whole if step is None else by_rows, entry.nbytes)
+
+
+# -------------------------------------------------------------------- the whole model
+
+
+def _quantize_whole(stored: ModelFolder, target: Path, request: _Request) -> StreamReport:
+    model = load(stored.path, trust_remote_code=request.trust_remote_code)
+    sites, skipped = select_sites(*find_sites(model), model, request.include, request.exclude)
+    work, left = assign(sites, request.recipe)
+    if not work:
+        raise PtqcError(_nothing([*skipped, *left]))
+    total = sum(entry.nbytes for entry in stored.entries.values())
+    done = total - sum(site.weight.nbytes for site, _ in work)
+    for site, rule in work:
+        done += site.weight.nbytes
+        site.replace(quantize_site(site, rule))
+        request.on_progress(done, total, site.name)
+    save(model, target, max_shard_bytes=request.max_shard_bytes, overwrite=request.overwrite)
+    weights = manifest_of(model.state_dict()).weights
+    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    return StreamReport(weights, (*skipped, *left), total, written, is_streamed=False)
