@@ -89,7 +89,7 @@ def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
     """
     sorted_levels, order = levels.sort()
     midpoints = (sorted_levels[1:] + sorted_levels[:-1]) / 2
-    return order.to(torch.uint8)[torch.bucketize(values, midpoints)]
+    return order.to(torch.uint8)[torch.bucketize(values.contiguous(), midpoints)]
 
 
 @cache

@@ -9,6 +9,7 @@ Axes: the parts store [..., out, in] with groups along `in`. `is_transposed` say
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -320,8 +321,7 @@ def _split(weight: QuantTensor, size: int, dim: int = 0) -> Any:
 
 @_rule(_aten.split_with_sizes.default)
 def _split_with_sizes(weight: QuantTensor, sizes: Sequence[int], dim: int = 0) -> Any:
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    pieces = [_taken(weight, dim, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    pieces = [_taken(weight, dim, slice(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
 
 

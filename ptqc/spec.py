@@ -84,8 +84,9 @@ class WeightSpec:
     packing: str = "linear"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 16:
-            raise SpecError(f"bits must be 1 to 16, not {self.bits}")
+        widest = 16 if self.codebook else 8
+        if not 1 <= self.bits <= widest:
+            raise SpecError(f"codes are 1 to {widest} bits wide, not {self.bits}")
         for name, value in (("group", self.group), ("rows", self.rows)):
             if value is not None and value < 1:
                 raise SpecError(f"{name} must be positive or None, not {value}")
@@ -243,7 +244,7 @@ class WeightSpec:
 
 
 def _advise(in_features: int, group: int) -> str:
-    divisors = [d for d in range(8, min(in_features, 1024) + 1) if in_features % d == 0]
+    divisors = [d for d in range(8, min(in_features, 1024) + 1, 8) if in_features % d == 0]
     near = sorted(sorted(divisors, key=lambda d: abs(math.log(d / group)))[:3])
     choices = [str(d) for d in near if d != in_features] + [f"the whole row (group None, {in_features})"]
     return " or ".join(choices)

@@ -1,0 +1,141 @@
+"""`ptqc.quantize`: what it touches, what it leaves and says, what it refuses."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import ptqc.api as api
+from ptqc.errors import PtqcError, SpecError, WeightError
+from ptqc.methods import METHODS
+from ptqc.qtensor import QuantTensor
+
+
+class Small(nn.Module):
+    """Linear, Conv1D, tied embedding and head, a convolution, a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 64)
+        self.conv = nn.Conv1d(64, 64, 3, padding=1)
+        self.first, self.second = nn.Linear(64, 96), Conv1D(64, 96)
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.conv(self.embed(ids).mT).mT
+        return self.head(self.norm(self.second(torch.relu(self.first(x)))))
+
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def names(model):
+    return {name for name, weight in model.named_parameters() if isinstance(weight, QuantTensor)}
+
+
+def test_it_touches_linears_and_returns_the_model(small):
+    expected = small(IDS)
+    assert api.quantize(small, "rtn", bits=8, progress=False) is small
+    assert names(small) == {"first.weight", "second.weight"}
+    assert small.second.weight.is_transposed
+    assert (small(IDS) - expected).norm() / expected.norm() < 0.02
+
+
+def test_reasons_are_reported(small, caplog):
+    with caplog.at_level(logging.INFO, "ptqc"):
+        api.quantize(small, "rtn", progress=False)
+    assert "quantized 2 weights (2 x int4g64)" in caplog.text or "quantized 2 weights (" in caplog.text
+    assert "1 left in float: tied to an embedding" in caplog.text
+    assert "1 left in float: a convolution" in caplog.text
+
+
+def test_include_and_exclude(small):
+    model = api.quantize(copy.deepcopy(small), "rtn", exclude=["second"], progress=False)
+    assert names(model) == {"first.weight"}
+    model = api.quantize(copy.deepcopy(small), "rtn", include=["first", "embed"], progress=False)
+    assert names(model) == {"first.weight", "embed.weight"}
+    assert model.head.weight is model.embed.weight
+    assert model(IDS).isfinite().all()
+
+
+def test_groups_give_way_but_exact_specs_do_not(small):
+    api.quantize(small, "rtn", bits=4, group_size=48, include=["first"], progress=False)
+    assert str(small.first.weight.spec) == "int4g32"
+    with pytest.raises(SpecError, match=r'"second.weight".*group 128 does not divide in_features 96; use'):
+        api.quantize(small, "rtn", spec="int4g128", include=["second"], progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_values_name_the_tensor_and_leave_the_model_alone(small, value):
+    with torch.no_grad():
+        small.second.weight[3, 5] = value
+    with pytest.raises(WeightError, match=r'"second.weight" holds 1 NaN or infinite'):
+        api.quantize(small, "rtn", progress=False)
+    assert not names(small)
+
+
+def test_touching_nothing_is_an_error(small):
+    with pytest.raises(PtqcError, match="nothing would be quantized"):
+        api.quantize(small, "rtn", include=["nowhere"], progress=False)
+    api.quantize(small, "rtn", progress=False)
+    with pytest.raises(PtqcError, match="already"):
+        api.quantize(small, "rtn", progress=False)
+
+
+def test_a_recipe_says_everything(small):
+    recipe = [{"pattern": "first", "method": "rtn", "bits": 8}, {"pattern": "*", "method": "rtn", "spec": "nf4g32"}]
+    api.quantize(small, recipe=recipe, progress=False)
+    assert (str(small.first.weight.spec), str(small.second.weight.spec)) == ("int8", "nf4g32")
+    with pytest.raises(PtqcError, match="either"):
+        api.quantize(small, progress=False)
+    with pytest.raises(PtqcError, match="drop bits"):
+        api.quantize(small, recipe=recipe, bits=4, progress=False)
+
+
+def test_a_method_that_needs_statistics_says_so(small):
+    class Needy(METHODS.get("rtn")):
+        needs = frozenset({"hessian"})
+
+    with pytest.raises(PtqcError, match="hessian"):
+        api.quantize(small, Needy(), progress=False)
+
+
+class Experts(nn.Module):
+    """Packed experts [E, in, out] and [E, out, in], and a bare router."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(4, 64))
+        self.up, self.down = nn.Parameter(torch.randn(4, 64, 96)), nn.Parameter(torch.randn(4, 64, 96))
+        self.position = nn.Parameter(torch.randn(16, 64))
+
+    def forward(self, x):
+        x = x + self.position[: x.shape[0]]
+        best = torch.softmax(x @ self.router.t(), -1).topk(2).indices
+        hidden = torch.relu(torch.bmm(x.expand(4, -1, -1), self.up))
+        out = torch.bmm(hidden, self.down.transpose(1, 2))
+        return out.gather(0, best.T[:, :, None].expand(-1, -1, 64)).sum(0)
+
+
+def test_bare_matrices_are_decided_by_their_use():
+    torch.manual_seed(0)
+    model = Experts().eval()
+    batch = {"x": torch.randn(5, 64)}
+    expected = model(**batch)
+    with pytest.raises(PtqcError, match="example batch"):
+        api.quantize(model, "rtn", progress=False)
+    api.quantize(model, "rtn", bits=8, calibration=[batch], progress=False)
+    assert names(model) == {"up", "down"}
+    assert (model.up.is_transposed, model.down.is_transposed) == (True, False)
+    assert (model(**batch) - expected).norm() / expected.norm() < 0.02
