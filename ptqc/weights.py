@@ -4,9 +4,11 @@ A weight operand is a node whose value derives only from parameters, through vie
 arithmetic among parameters. Rules, in this order, for each parameter of two or more dimensions:
 
 1. read by a contraction (linear, matmul, bmm, addmm, einsum, grouped_mm): a weight, unless
-2. an embedding reads it as well (it is tied): kept, or
+2. an embedding reads it, as well or only: kept, or
 3. the contraction's result is ranked by topk through softmax, sigmoid or casts (a router): kept, or
 4. it is no matrix of at least 16 weights.
+5. a value made of it leaves the graph, and no contraction was seen: kept, since a graph break hides its use.
+Parameters that do none of this (norms, biases, positions, convolutions) are not reported.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,6 +52,7 @@ class WeightUse:
     placeholder: fx.Node
     parameter: Tensor
     contractions: list[fx.Node] = field(default_factory=list)
+    escapes: bool = False
     input_axis: int | None = None
     reason: str | None = None
 
@@ -63,10 +66,14 @@ def function_name(node: fx.Node) -> str:
 
 
 def weight_uses(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[WeightUse]:
-    """Every parameter of two or more dimensions that enters a contraction of the graph, with the verdict."""
+    """Every parameter of two or more dimensions that the rules above speak of, with the verdict."""
     uses = {node: WeightUse(node, value) for node, value in parameters.items() if value.ndim >= 2}
     behind: dict[fx.Node, frozenset[fx.Node]] = {node: frozenset([node]) for node in parameters}
     for node in graph.nodes:
+        if node.op == "output":
+            for value in node.all_input_nodes:
+                for source in behind.get(value, frozenset()) & uses.keys():
+                    uses[source].escapes = True
         if node in behind or node.op in ("placeholder", "output"):
             continue
         operands = _contracted_operands(node, behind)
@@ -76,10 +83,9 @@ def weight_uses(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[W
         sources = _gathered(node) or node.all_input_nodes
         if not operands and sources and all(source in behind for source in sources):
             behind[node] = frozenset().union(*(behind[source] for source in sources))
-    found = [use for use in uses.values() if use.contractions]
-    for use in found:
+    for use in uses.values():
         use.reason = _reason_to_keep(use)
-    return found
+    return [use for use in uses.values() if use.contractions or use.reason]
 
 
 def _gathered(node: fx.Node) -> list[fx.Node]:
@@ -139,13 +145,15 @@ def _axis_of_parameter(use: WeightUse, operand: fx.Node, axis: int) -> int | Non
 
 
 def _reason_to_keep(use: WeightUse) -> str | None:
+    if any(function_name(user) in ("embedding", "embedding_bag") for user in use.placeholder.users):
+        return "tied to an embedding" if use.contractions else "an embedding"
+    if not use.contractions:
+        return "a graph break hides how it is used" if use.escapes else None
     shape = tuple(use.parameter.shape)
     if not use.parameter.is_floating_point():
         return f"holds {use.parameter.dtype}"
     if shape[-1] * shape[-2] < 16 or min(shape[-2:]) == 1:
         return f"shape {shape} is no matrix worth packing"
-    if any(function_name(user) in ("embedding", "embedding_bag") for user in use.placeholder.users):
-        return "tied to an embedding"
     if any(_is_ranked(node) for node in use.contractions):
         return "a router: its result is ranked by topk"
     return None
