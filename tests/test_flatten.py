@@ -13,7 +13,8 @@ from ptqc.spec import WeightSpec
 
 def tied_model():
     torch.manual_seed(0)
-    model = nn.ModuleDict({"embed": nn.Embedding(64, 64), "norm": nn.LayerNorm(64), "head": nn.Linear(64, 64, bias=False)})
+    head = nn.Linear(64, 64, bias=False)
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 64), "norm": nn.LayerNorm(64), "head": head})
     quantized = quantize_weight(model["embed"].weight, RoundToNearest(), WeightSpec.parse("nf4g32dq"))
     model["embed"].weight = model["head"].weight = nn.Parameter(quantized, requires_grad=False)
     return model
@@ -35,7 +36,8 @@ def test_safetensors_itself_round_trips_what_flatten_gives(tmp_path):
 
 def test_metadata_that_lies_is_refused():
     tensors, metadata = flatten_state_dict(tied_model().state_dict())
-    for broken, complaint in (({}, "no 'ptqc' in its metadata"), ({"ptqc": "{"}, "is no JSON"), ({"ptqc": "1"}, "not ptqc")):
+    cases = (({}, "no 'ptqc' in its metadata"), ({"ptqc": "{"}, "is no JSON"), ({"ptqc": "1"}, "not ptqc"))
+    for broken, complaint in cases:
         with pytest.raises(CheckpointError, match=complaint):
             unflatten_state_dict(tensors, broken)
     with pytest.raises(CheckpointError, match=r"lacks embed\.weight\.scale_outer"):
@@ -46,7 +48,8 @@ def test_metadata_that_lies_is_refused():
 
 def test_views_of_one_storage_are_tied_only_if_they_are_the_same_view():
     base = torch.arange(12.0).view(3, 4)
-    kept, tied = untied({"a": base, "b": base.view(3, 4), "c": base.t(), "d": base[:2], "e": torch.empty(0), "f": torch.empty(0)})
+    empty = {"e": torch.empty(0), "f": torch.empty(0)}
+    kept, tied = untied({"a": base, "b": base.view(3, 4), "c": base.t(), "d": base[:2]} | empty)
     assert list(kept) == ["a", "c", "d", "e", "f"]
     assert tied == {"b": "a"}
 
@@ -61,7 +64,7 @@ def test_views_of_one_storage_are_tied_only_if_they_are_the_same_view():
     ],
 )
 def test_what_no_file_can_hold_is_named(entry, complaint):
-    with pytest.raises(CheckpointError, match=f'"x" .*{complaint}|{complaint}'):
+    with pytest.raises(CheckpointError, match=complaint):
         flatten_state_dict({"x": entry})
 
 

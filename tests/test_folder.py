@@ -53,7 +53,7 @@ def test_links_into_a_cache_are_followed(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x.bin", "", 3, None, "a\0.safetensors",
+    ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x.bin", "", 3.5, None, "a\0.safetensors",
      "c:\\x.safetensors", "..\\x.safetensors"],
 )  # fmt: skip
 def test_an_index_reaches_nothing_outside_the_folder(folder, file):
@@ -93,7 +93,7 @@ def test_a_missing_or_broken_config_is_named(folder, content, complaint):
 def test_a_pickle_instead_of_safetensors_is_refused_unopened(folder):
     for file in folder.glob("model*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         open_folder(folder)
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, .*save_pretrained"):

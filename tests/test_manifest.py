@@ -77,7 +77,7 @@ def test_parts_are_held_against_the_spec():
     manifest.check(good, "x")
     with pytest.raises(CheckpointError, match=r"x lacks w\.scale, a part of a weight in int4g64"):
         manifest.check({"w.codes": good["w.codes"]}, "x")
-    with pytest.raises(CheckpointError, match=r"w\.scale is float16 \[256, 4\], but int4g64 .* stores float16 \[256, 8\]"):
+    with pytest.raises(CheckpointError, match=r"w\.scale is float16 \[256, 4\], but int4g64 .* float16 \[256, 8\]"):
         manifest.check(good | {"w.scale": ((256, 4), torch.float16)}, "x")
     with pytest.raises(CheckpointError, match=r"w\.codes is int8"):
         manifest.check(good | {"w.codes": ((256, 256), torch.int8)}, "x")

@@ -44,10 +44,11 @@ def test_a_tensor_may_be_written_in_pieces_and_in_any_order(tmp_path):
 
 
 def test_an_incomplete_or_overlong_tensor_is_caught(tmp_path):
-    with pytest.raises(AssertionError, match="incomplete"), TensorWriter(tmp_path / "1", {"x": ((2,), torch.int8)}) as w:
-        w.append("x", torch.zeros(1, dtype=torch.int8))
-    with pytest.raises(AssertionError, match="longer"), TensorWriter(tmp_path / "2", {"x": ((2,), torch.int8)}) as w:
-        w.append("x", torch.zeros(3, dtype=torch.int8))
+    layout = {"x": ((2,), torch.int8)}
+    with pytest.raises(AssertionError, match="incomplete"), TensorWriter(tmp_path / "1", layout) as writer:
+        writer.append("x", torch.zeros(1, dtype=torch.int8))
+    with pytest.raises(AssertionError, match="longer"), TensorWriter(tmp_path / "2", layout) as writer:
+        writer.append("x", torch.zeros(3, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (72, 2), (60, 2), (45, 3), (1, 3)])

@@ -46,7 +46,7 @@ def test_nothing_is_left_when_the_body_fails(tmp_path, error):
 
 
 def test_a_full_disk_is_a_checkpoint_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(CheckpointError, match="No space left.*free some space"), staged(tmp_path / "out"):
+    with pytest.raises(CheckpointError, match=r"No space left.*free some space"), staged(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert contents(tmp_path) == []
 
@@ -54,7 +54,7 @@ def test_a_full_disk_is_a_checkpoint_error_that_says_what_to_do(tmp_path):
 def test_an_unwritable_place_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").write_text("")
     for target in (tmp_path / "file" / "out", "/proc/ptqc-out"):
-        with pytest.raises(CheckpointError, match="cannot write .*out"), staged(target):
+        with pytest.raises(CheckpointError, match=r"cannot write .*out"), staged(target):
             pytest.fail("the body must not run")
 
 

@@ -1,0 +1,170 @@
+"""Peak memory of quantizing a model from disk: does it stay below 1.3 x the larger of (input shard, output)?
+
+Writes a Llama-shaped model of about a billion random bfloat16 parameters to a temporary folder, once sharded and once
+as a single file, quantizes each in a process of its own, and reads that process's peak resident memory (VmHWM).
+
+    python -m benchmarks.stream_memory [--spec int4g64] [--include-head] [--json FILE]
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ptqc.shards import Append, Block, assign_shards, write_shards
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, HEADS, KEY_VALUE_HEADS = 2048, 8192, 16, 128256, 32, 8
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "head_dim": HIDDEN // HEADS,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+LIMIT = 1.3
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, the output head tied to the embedding."""
+    narrow = HIDDEN // HEADS * KEY_VALUE_HEADS
+    layer = {
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.k_proj.weight": (narrow, HIDDEN),
+        "self_attn.v_proj.weight": (narrow, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+    named = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    return named | {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> Block:
+    """A tensor that is made when it is written."""
+
+    def produce(append: Append) -> None:
+        generator = torch.Generator().manual_seed(hash(shape) % 2**31)
+        rows = torch.empty(max(1, 2**22 // shape[-1]), shape[-1]).normal_(0, 0.02, generator=generator).bfloat16()
+        count = shape[0] if len(shape) == 2 else 1
+        for start in range(0, count, len(rows)):
+            append(name, rows[: count - start])
+
+    return Block(name, {name: (shape, torch.bfloat16)}, produce)
+
+
+def write_model(folder: Path, max_shard_bytes: float) -> None:
+    """Write the model; no more than 16 MB of it are in memory."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    blocks = [random_tensor(name, shape) for name, shape in shapes().items()]
+    write_shards(folder, assign_shards(blocks, max_shard_bytes))
+
+
+QUANTIZE = """
+import json, sys
+from pathlib import Path
+from ptqc.methods import METHODS
+from ptqc.spec import WeightSpec
+from ptqc.stream import quantize_folder
+
+def status(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+source, out, method, spec, include, shard = sys.argv[1:]
+seen = []
+report = quantize_folder(
+    source, out, method=METHODS.get(method)(), spec=WeightSpec.parse(spec), max_shard_bytes=float(shard),
+    include=None if not include else ["*proj*", "lm_head", "embed_tokens"],
+    on_progress=lambda done, total, name: seen.append(status("VmRSS")),
+)
+assert report.is_streamed
+print(json.dumps({"peak": status("VmHWM"), "weights": len(report.weights), "written": report.written_bytes}))
+"""
+
+
+def measure(source: Path, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Quantize in a fresh process. Returns bytes, seconds and the ratio that is held against the limit."""
+    options = [arguments.method, arguments.spec, "head" if arguments.include_head else "", str(arguments.shard_bytes)]
+    began = time.perf_counter()
+    command = [sys.executable, "-c", QUANTIZE, str(source), str(out), *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    result = json.loads(run.stdout.splitlines()[-1])
+    input_bytes = [file.stat().st_size for file in source.glob("*.safetensors")]
+    output_bytes = sum(file.stat().st_size for file in out.iterdir())
+    allowed = max(*input_bytes, output_bytes)
+    return {
+        "input_files": len(input_bytes),
+        "input_bytes": sum(input_bytes),
+        "largest_shard_bytes": max(input_bytes),
+        "output_bytes": output_bytes,
+        "peak_bytes": result["peak"],
+        "ratio": result["peak"] / allowed,
+        "both_models_bytes": sum(input_bytes) + output_bytes,
+        "weights": result["weights"],
+        "seconds": round(seconds, 1),
+    }
+
+
+def baseline() -> int:
+    """Peak of a process that only imports what is needed."""
+    code = (
+        "import ptqc.stream, transformers\nfrom transformers import LlamaForCausalLM\n"
+        "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", default="rtn")
+    parser.add_argument("--spec", default="int4g64")
+    parser.add_argument("--include-head", action="store_true", help="quantize embedding and output head as well")
+    parser.add_argument("--shard-bytes", type=float, default=1e9)
+    parser.add_argument("--variants", nargs="+", default=["sharded", "single"], choices=["sharded", "single"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="ptqc-stream-"))
+    rows = {}
+    try:
+        for variant in arguments.variants:
+            write_model(folder / variant, arguments.shard_bytes if variant == "sharded" else float("inf"))
+            rows[variant] = measure(folder / variant, folder / f"{variant}-out", arguments)
+            shutil.rmtree(folder / variant)
+            shutil.rmtree(folder / f"{variant}-out")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    imports = baseline()
+    print("variant  input GB shard GB output GB  peak GB  ratio  limit      s")
+    for variant, row in rows.items():
+        numbers = [row[key] / 1e9 for key in ("input_bytes", "largest_shard_bytes", "output_bytes", "peak_bytes")]
+        cells = "".join(f"{value:{width}.3f} " for value, width in zip(numbers, (8, 8, 9, 8), strict=True))
+        print(f"{variant:8} {cells}{row['ratio']:6.3f} {LIMIT:6.2f} {row['seconds']:6.1f}")
+    print(f"imports alone take {imports / 1e9:.3f} GB of the peak")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"limit": LIMIT, "imports_bytes": imports, "variants": rows}, indent=2))
+    if any(row["ratio"] >= LIMIT for row in rows.values()):
+        raise SystemExit("the peak is above the limit")
+
+
+if __name__ == "__main__":
+    main()
