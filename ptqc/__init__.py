@@ -1,6 +1,77 @@
-"""ptqc."""
+"""ptqc: a post-training-quantization compiler for PyTorch.
+
+    model = ptqc.quantize(model, "hqq", bits=4)                     # in place
+    fast = torch.compile(model, backend="ptqc")                     # kernels; also on a float model, with options
+    ptqc.save(model, "out"); model = ptqc.load("out")               # a Hugging Face folder
+    ptqc.export(model, "gguf", "model-Q4_0.gguf", quant="Q4_0", tokenizer="folder")
+
+Importing this package imports neither torch nor transformers: names are loaded when they are first used.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
 
-# transformers learns of our quantizer when it is imported, before or after; neither it nor torch is imported here.
-register_post_import_hook("ptqc.hf:register", "transformers.quantizers.auto")
+if TYPE_CHECKING:
+    from ptqc.api import quantize
+    from ptqc.checkpoint import load, save
+    from ptqc.codegen.exporters import export
+    from ptqc.errors import PtqcError
+    from ptqc.flatten import flatten_state_dict, unflatten_state_dict
+    from ptqc.hf import PtqcConfig
+    from ptqc.qtensor import QuantTensor
+    from ptqc.sites import inventory
+    from ptqc.spec import ActSpec, WeightSpec
+
+__all__ = [
+    "ActSpec",
+    "PtqcConfig",
+    "PtqcError",
+    "QuantTensor",
+    "WeightSpec",
+    "export",
+    "flatten_state_dict",
+    "inventory",
+    "load",
+    "quantize",
+    "save",
+    "unflatten_state_dict",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ActSpec": "ptqc.spec",
+    "PtqcConfig": "ptqc.hf",
+    "PtqcError": "ptqc.errors",
+    "QuantTensor": "ptqc.qtensor",
+    "WeightSpec": "ptqc.spec",
+    "export": "ptqc.codegen.exporters",
+    "flatten_state_dict": "ptqc.flatten",
+    "inventory": "ptqc.sites",
+    "load": "ptqc.checkpoint",
+    "quantize": "ptqc.api",
+    "save": "ptqc.checkpoint",
+    "unflatten_state_dict": "ptqc.flatten",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptqc' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_with_transformers(_: ModuleType) -> None:
+    import_module("ptqc.hf")
+
+
+# transformers learns of our quantizer when it is imported, before or after ptqc.
+register_post_import_hook(_register_with_transformers, "transformers.quantizers.auto")

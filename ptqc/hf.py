@@ -10,11 +10,11 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,7 +27,7 @@ from ptqc.recipe import make_rule
 from ptqc.safefile import read_safefile
 from ptqc.sites import find_sites, select_sites
 
-__all__ = ["PtqcConfig", "PtqcQuantizer", "attach", "register"]
+__all__ = ["PtqcConfig", "PtqcQuantizer", "attach"]
 
 log = logging.getLogger("ptqc")
 
@@ -246,7 +246,6 @@ def attach(model: nn.Module) -> None:
         model.hf_quantizer = quantizer
 
 
-def register(auto: ModuleType) -> None:
-    """File config and quantizer under "ptqc" in `transformers.quantizers.auto`."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PtqcConfig)
-    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PtqcQuantizer)
+# Importing this module registers it; `ptqc/__init__.py` imports it as soon as transformers' table exists.
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PtqcConfig)
+auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PtqcQuantizer)
