@@ -1,4 +1,4 @@
-"""Does `torch.compile(model, backend="ptqc", options=...)` agree with the quantized model run eagerly, on every architecture?
+"""Does `torch.compile(model, backend="ptqc", options=...)` agree with the quantized model run eagerly, everywhere?
 
     python -m benchmarks.architectures [--only causal/gpt2 ...] [--methods hqq,nf4] [--workers 2] [--json FILE]
 
@@ -30,7 +30,12 @@ def watch_products(model, inputs):
 
     owner = {p.untyped_storage()._cdata: name for name, p in model.named_parameters() if p.ndim >= 2}
     aten = torch.ops.aten
-    operands = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
+    operands = {
+        aten.mm.default: (0, 1),
+        aten.addmm.default: (1, 2),
+        aten.bmm.default: (0, 1),
+        aten.baddbmm.default: (1, 2),
+    }
     seen = set()
 
     class Watch(TorchDispatchMode):
@@ -150,11 +155,12 @@ def summarise(rows, methods):
             "silent": sum(len(row["silent"]) for row in ran),
         }
         summary.append(entry)
+        share = 100 * entry["within"] / max(1, len(mine))
         console.print(
-            f"{method}: {entry['within']} of {entry['architectures']} within {TOLERANCE:g} "
-            f"({100 * entry['within'] / max(1, len(mine)):.1f}%), {entry['failed']} failed, {entry['quantized']} weights "
-            f"quantized, {entry['kept_with_reason']} kept with a reason, {entry['outside_graphs_warned']} between graphs "
-            f"(warned), {entry['silent']} silently left"
+            f"{method}: {entry['within']} of {entry['architectures']} within {TOLERANCE:g} ({share:.1f}%), "
+            f"{entry['failed']} failed, {entry['quantized']} weights quantized, "
+            f"{entry['kept_with_reason']} kept with a reason, "
+            f"{entry['outside_graphs_warned']} between graphs (warned), {entry['silent']} silently left"
         )
     return summary
 
@@ -191,7 +197,11 @@ def main():
         import torch
         import transformers
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
         result = {"summary": summary, "rows": rows, "versions": versions, "date": time.strftime("%Y-%m-%d")}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

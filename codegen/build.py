@@ -1,7 +1,8 @@
 """From a request to a kernel that runs: ask the targets in order, cache the text, load it, make it an operator.
 
-Texts live in one folder per user (PTQC_CACHE, else ~/.cache/ptqc/kernels), named by their hash and put there by rename,
-so several processes may share it. The hash is in the operator's name, so a cached Inductor graph cannot call another text.
+Texts live in one folder per user (PTQC_CACHE, else ~/.cache/ptqc/kernels), named by their hash and put there by
+rename, so several processes may share it. The hash is in the operator's name, so a cached Inductor graph cannot call
+another text.
 """
 
 import hashlib

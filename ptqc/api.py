@@ -96,7 +96,9 @@ def _assign(sites: Sequence[Site], rules: Recipe) -> tuple[list[tuple[Site, Rule
             left.append(Skipped(site.name, "no rule of the recipe matches" if rule is None else "the recipe keeps it"))
         elif rule.method.needs:
             needs = ", ".join(sorted(rule.method.needs))
-            raise PtqcError(f"{type(rule.method).__name__} needs statistics of the inputs ({needs}), which no pass collects yet")
+            raise PtqcError(
+                f"{type(rule.method).__name__} needs statistics of the inputs ({needs}), which no pass collects yet"
+            )
         else:
             work.append((site, rule))
     return work, left
@@ -110,7 +112,13 @@ def _quantize_site(site: Site, rule: Rule) -> QuantTensor:
 
 
 def _shown(work: Sequence[tuple[Site, Rule]], progress: bool) -> Iterable[tuple[Site, Rule]]:
-    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}"))
+    columns = (
+        TextColumn("quantizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
     bar = Progress(*columns, console=Console(stderr=True), transient=True) if progress else None
     with bar or nullcontext():
         task = bar.add_task("", total=len(work), name="") if bar else None

@@ -1,6 +1,6 @@
 """The transformers architecture that a model folder asks for: its class, and the model without weights."""
 
-import logging
+import re
 from typing import Any
 
 import torch
@@ -8,9 +8,7 @@ import torch
 from ptqc.errors import CheckpointError
 from ptqc.folder import ModelFolder
 
-__all__ = ["architecture_of", "build_empty", "cannot_build"]
-
-log = logging.getLogger("ptqc")
+__all__ = ["architecture_of", "build_empty", "cannot_build", "planned_dtype"]
 
 
 def architecture_of(stored: ModelFolder, trust_remote_code: bool = False) -> Any:
@@ -53,6 +51,12 @@ def build_empty(stored: ModelFolder, trust_remote_code: bool = False) -> Any:
             return architecture.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the fields of a hostile config fail anywhere in transformers, in any way
         raise cannot_build(stored, error) from error
+
+
+def planned_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which transformers loads a parameter of a model of `dtype`: some keep a few in float32."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return next((kept for pattern, kept in plan.items() if re.search(pattern.replace("*", ".*"), name)), dtype)
 
 
 def cannot_build(stored: ModelFolder, error: Exception) -> CheckpointError:

@@ -1,11 +1,12 @@
 """The compiler's door: `torch.compile(model, backend="ptqc", options={...})`.
 
-On a quantized model it lowers the stored weights to kernels. With a method among the options it quantizes the weights of
-a float model first, inside the backend, once per parameter, whatever the number of graphs and recompiles. The rest of
-the graph goes to Inductor.
+On a quantized model it lowers the stored weights to kernels. With a method among the options it quantizes the weights
+of a float model first, inside the backend, once per parameter, whatever the number of graphs and recompiles. The rest
+of the graph goes to Inductor.
 
-Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float weights
-(the model then only runs compiled); `inductor`: settings for Inductor; anything else is an option of the method.
+Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float
+weights (the model then only runs compiled); `inductor`: settings for Inductor; anything else is an option of the
+method.
 Changing a parameter after compilation is not seen, as with Inductor's freezing.
 """
 
@@ -88,7 +89,7 @@ def ptqc(
     if parsed.free:
         _free(graph, context)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
-    compiled = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
+    compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
     return _Compiled(gm, graph, compiled, options, mode)
 
 

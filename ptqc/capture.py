@@ -28,7 +28,8 @@ class CapturedGraph:
 def parameter_name(node: fx.Node) -> str:
     """The qualified name that dynamo gives a lifted placeholder, "a.weight" for L['self']._modules['a'].weight."""
     source = getattr(node, "_dynamo_source", None)
-    text = str(source.name() if callable(getattr(source, "name", None)) else getattr(source, "name", node.name))
+    name = getattr(source, "name", node.name)
+    text = str(name() if callable(name) else name)  # a method up to torch 2.11
     for piece in ("L['self']", "L['mod']", "_modules", "_parameters", "_buffers", "L["):
         text = text.replace(piece, "")
     cleaned = text.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")

@@ -24,9 +24,10 @@ def tiles(weight: Tensor, spec: WeightSpec) -> Tensor:
     out_features, in_features = weight.shape[-2:]
     group, rows = spec.group or in_features, spec.rows or out_features
     if rows == 1:
-        return weight.unflatten(-1, (columns, group))
+        grouped: Tensor = weight.unflatten(-1, (columns, group))
+        return grouped
     filled = pad(weight, (0, columns * group - in_features, 0, scale_rows * rows - out_features))
-    blocks = filled.unflatten(-1, (columns, group)).unflatten(-3, (scale_rows, rows))
+    blocks: Tensor = filled.unflatten(-1, (columns, group)).unflatten(-3, (scale_rows, rows))
     return blocks.transpose(-3, -2).flatten(-2)
 
 
@@ -36,7 +37,7 @@ def untile(tiled: Tensor, spec: WeightSpec, shape: tuple[int, ...] | torch.Size)
     group, rows = spec.group or in_features, spec.rows or out_features
     if rows == 1:
         return tiled.flatten(-2)
-    blocks = tiled.unflatten(-1, (rows, group)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    blocks: Tensor = tiled.unflatten(-1, (rows, group)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
     return blocks[..., :out_features, :in_features]
 
 

@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptqc.architecture import planned_dtype
 from ptqc.assign import assign, quantize_site
 from ptqc.errors import CheckpointError, PtqcError
 from ptqc.flatten import parts_of, untied
@@ -137,10 +138,10 @@ class PtqcQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = weight.layout(name).keys() - {f"{name}.{part}" for part in parts}
         if wanted:
             raise CheckpointError(f"{model.name_or_path} lacks {min(wanted)}; save it again")
-        usual = self.quantization_config.stored.get("dtype")
         dtype = model.get_parameter(name).dtype
-        keeps_own = str(dtype).removeprefix("torch.") == usual
-        return nn.Parameter(weight.build(parts, None if keeps_own else dtype), requires_grad=False)
+        is_usual = str(dtype).removeprefix("torch.") == self.quantization_config.stored.get("dtype")
+        pretended = weight.dtype if is_usual else planned_dtype(model, name, dtype)
+        return nn.Parameter(weight.build(parts, pretended), requires_grad=False)
 
     # ---------------------------------------------------------------- saving
 

@@ -108,7 +108,7 @@ def hold_scales(spec: WeightSpec, magnitude: float, name: str) -> WeightSpec:
     largest = spec.book.largest if spec.book else 2 ** (spec.bits - 1) - 1 or 1
     scale = magnitude / largest
     info = torch.finfo(torch.float16)
-    if scale == 0 or info.tiny <= scale and 2 * scale <= info.max:
+    if scale == 0 or (info.tiny <= scale and 2 * scale <= info.max):
         return spec
     log.info('"%s": scales near %.1e do not fit float16, stored as float32', name, scale)
     return spec.with_scale_dtype("f32")

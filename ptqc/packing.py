@@ -48,7 +48,8 @@ def unpack_linear(packed: Tensor, bits: int, n: int) -> Tensor:
         if shift + bits > 8:
             column = column | (stream[..., byte + 1] << (8 - shift))
         columns.append(column & mask)
-    return torch.stack(columns, dim=-1).flatten(-2)[..., :n]
+    codes: Tensor = torch.stack(columns, dim=-1).flatten(-2)[..., :n]
+    return codes
 
 
 def pack_base3(codes: Tensor, bits: int) -> Tensor:
@@ -60,7 +61,8 @@ def pack_base3(codes: Tensor, bits: int) -> Tensor:
 def unpack_base3(packed: Tensor, bits: int, n: int) -> Tensor:
     """Invert `pack_base3`. packed: [..., ceil(n / 5)] uint8. Returns [..., n] uint8."""
     places = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(-1) // places % 3).flatten(-2)[..., :n]
+    codes: Tensor = (packed.unsqueeze(-1) // places % 3).flatten(-2)[..., :n]
+    return codes
 
 
 def _as_is(codes: Tensor, bits: int) -> Tensor:

@@ -30,7 +30,8 @@ class Context:
     """What passes of one pipeline share.
 
     kernel: finds the kernel for a request. quantized: the stored weight behind each get_attr node. kept: the get_attr
-    nodes of weights left in float, and why. chosen: per lowered site the target and, for each target that refused, its reason.
+    nodes of weights left in float, and why. chosen: per lowered site its name and
+    kernel, with the reasons of the targets that refused.
     """
 
     kernel: Callable[[KernelRequest], Kernel]

@@ -51,7 +51,7 @@ class QuantTensor(torch.Tensor):
         shape, strides = list(stored_shape), _contiguous_strides(stored_shape)
         if is_transposed:
             shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
-        self: QuantTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: QuantTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=parts["codes"].device, requires_grad=False
         )
         self.spec, self.stored_shape, self.is_transposed = spec, tuple(stored_shape), is_transposed
@@ -81,12 +81,12 @@ class QuantTensor(torch.Tensor):
         """Bytes of all parts."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The numbers it stands for, as a plain tensor of its own shape and dtype."""
         weight: Tensor = ops.dequantize(list(self.parts.values()), str(self.spec), list(self.stored_shape), self.dtype)
         return weight.mT if self.is_transposed else weight
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         turned = ", is_transposed=True" if self.is_transposed else ""
         return f"QuantTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{turned})"
 
@@ -115,13 +115,13 @@ class QuantTensor(torch.Tensor):
     def with_parts(self, parts: Mapping[str, Tensor], **changes: Any) -> "QuantTensor":
         """The same weight over other parts; `changes` replace spec, stored_shape, dtype or is_transposed."""
         meta = {"spec": self.spec, "stored_shape": self.stored_shape, "dtype": self.dtype}
-        return QuantTensor(parts, **(meta | {"is_transposed": self.is_transposed} | changes))  # type: ignore[arg-type]
+        return QuantTensor(parts, **(meta | {"is_transposed": self.is_transposed} | changes))
 
     def _each(self, function: Callable[[Tensor], Tensor], **changes: Any) -> "QuantTensor":
         return self.with_parts({name: function(part) for name, part in self.parts.items()}, **changes)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -187,7 +187,9 @@ def _rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _same_dtype(x: Tensor, weight: Tensor) -> None:
     if x.dtype != weight.dtype:
-        raise RuntimeError(f"expected the input and the quantized weight to have one dtype: {x.dtype} != {weight.dtype}")
+        raise RuntimeError(
+            f"expected the input and the quantized weight to have one dtype: {x.dtype} != {weight.dtype}"
+        )
 
 
 @_rule(_aten.linear.default)
@@ -208,7 +210,12 @@ def _mm(x: Any, weight: Any) -> Any:
 
 @_rule(_aten.addmm.default)
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if isinstance(bias, QuantTensor) or bias.ndim != 1 or not isinstance(weight, QuantTensor) or (beta, alpha) != (1, 1):
+    if (
+        isinstance(bias, QuantTensor)
+        or bias.ndim != 1
+        or not isinstance(weight, QuantTensor)
+        or (beta, alpha) != (1, 1)
+    ):
         return NotImplemented
     if isinstance(x, QuantTensor) or not weight.is_transposed:
         return NotImplemented
@@ -233,7 +240,11 @@ def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
 
 @_rule(_aten.t.default)
 def _t(weight: QuantTensor) -> Any:
-    return weight._each(_aten.alias.default, is_transposed=not weight.is_transposed) if weight.ndim == 2 else NotImplemented
+    return (
+        weight._each(_aten.alias.default, is_transposed=not weight.is_transposed)
+        if weight.ndim == 2
+        else NotImplemented
+    )
 
 
 @_rule(_aten.transpose.int)
@@ -260,7 +271,11 @@ def _view_all(weight: QuantTensor) -> QuantTensor:
 @_rule(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default)
 def _same_shape(weight: QuantTensor, shape: Sequence[int], **_: Any) -> Any:
     wanted = [old if new == -1 else new for old, new in zip(weight.shape, shape, strict=False)]
-    return weight._each(_aten.alias.default) if tuple(wanted) == weight.shape and len(shape) == weight.ndim else NotImplemented
+    return (
+        weight._each(_aten.alias.default)
+        if tuple(wanted) == weight.shape and len(shape) == weight.ndim
+        else NotImplemented
+    )
 
 
 @_rule(_aten.clone.default)
@@ -316,7 +331,9 @@ def _slice(weight: QuantTensor, dim: int = 0, start: int | None = None, end: int
 
 @_rule(_aten.split.Tensor)
 def _split(weight: QuantTensor, size: int, dim: int = 0) -> Any:
-    return _split_with_sizes(weight, [min(size, weight.shape[dim] - at) for at in range(0, weight.shape[dim], size)], dim)
+    return _split_with_sizes(
+        weight, [min(size, weight.shape[dim] - at) for at in range(0, weight.shape[dim], size)], dim
+    )
 
 
 @_rule(_aten.split_with_sizes.default)

@@ -30,7 +30,9 @@ def make_method(method: str | Method, options: Mapping[str, Any] | None = None) 
     known = {field.name for field in fields(factory)}  # type: ignore[arg-type]
     unknown = sorted(set(options or {}) - known)
     if unknown:
-        raise PtqcError(f"method {method!r} has no option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}")
+        raise PtqcError(
+            f"method {method!r} has no option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}"
+        )
     return factory(**(options or {}))
 
 
@@ -90,7 +92,9 @@ def load_recipe(recipe: str | Path | Recipe | Sequence[Mapping[str, Any]]) -> Re
             rules.append(row)
             continue
         if not isinstance(row, Mapping) or "pattern" not in row or set(row) - set(_RULE_KEYS):
-            raise PtqcError(f"rule {number} of the recipe must be a mapping with the keys {', '.join(_RULE_KEYS)}; got {row!r}")
+            raise PtqcError(
+                f"rule {number} of the recipe must be a mapping with the keys {', '.join(_RULE_KEYS)}; got {row!r}"
+            )
         arguments = dict(row)
         rules.append(make_rule(arguments.pop("pattern"), arguments.pop("method", None), **arguments))
     if not rules:

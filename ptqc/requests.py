@@ -1,7 +1,7 @@
 """What lowering asks of code generation: a request for a kernel, the answer, and what a target must offer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,7 +26,7 @@ class KernelRequest:
     k: int
     dtype: torch.dtype
     device: str
-    act: ActSpec = ActSpec()
+    act: ActSpec = field(default_factory=ActSpec)
     epilogue: tuple[str, ...] = ()
     needs_grad: bool = False
 

@@ -25,7 +25,7 @@ from ptqc.codebooks import CODEBOOKS, Codebook, codebook
 from ptqc.errors import SpecError
 from ptqc.packing import PACKINGS, Packing
 
-__all__ = ["KNOWN_SPECS", "SCALE_DTYPES", "ActSpec", "ScaleSpec", "WeightSpec"]
+__all__ = ["KNOWN_SPECS", "SCALE_DTYPES", "ActSpec", "ScaleSpec", "WeightSpec", "Zero"]
 
 Zero = Literal["none", "int", "float", "min"]
 
@@ -65,7 +65,7 @@ DOUBLE_QUANT = ScaleSpec(dtype="f32", bits=8, block=256, dynamic=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
-    """How a weight is stored: w[o, i] ~= scale[o // rows, i // group] * (level(code[o, i]) - zero[o // rows, i // group]).
+    """How a weight is stored: w[o, i] ~= scale[o // rows, i // group] * (level(code[o, i]) - zero[same]).
 
     With zero="min" the stored minimum is subtracted after scaling instead: scale * level - minimum.
     Integer codes without a zero are centred: level = code - 2**(bits - 1).
@@ -182,7 +182,7 @@ class WeightSpec:
         in_features between a quarter of the group (at least 8) and the group; 3. otherwise the whole row.
         """
         in_features = shape[-1]
-        if self.group is None or self.is_block or in_features % self.group == 0 and self.group < in_features:
+        if self.group is None or self.is_block or (in_features % self.group == 0 and self.group < in_features):
             return self
         if self.group >= in_features:
             return replace(self, group=None)
@@ -279,16 +279,16 @@ KNOWN_SPECS: dict[str, WeightSpec] = {
     "q5_K": _superblock(5, 32, 6, "min"),
     "q6_K": _superblock(6, 16, 8, signed=True),
     "iq4_nl": WeightSpec(bits=4, group=32, codebook="iq4nl"),
-    "iq4_xs": WeightSpec(
-        bits=4, group=32, codebook="iq4nl", scale=ScaleSpec(bits=6, block=8, signed=True)
-    ),
+    "iq4_xs": WeightSpec(bits=4, group=32, codebook="iq4nl", scale=ScaleSpec(bits=6, block=8, signed=True)),
     "tq2_0": WeightSpec(bits=2, group=256, codebook="ternary"),
     "mxfp4": WeightSpec(bits=4, group=32, codebook="e2m1", scale=ScaleSpec(dtype="e8m0")),
     "nvfp4": WeightSpec(bits=4, group=16, codebook="e2m1", scale=ScaleSpec(dtype="e4m3")),
 }
 """Formats with a name of their own. Only values are described: the bit order in a file is its exporter's business."""
 
-_ALIASES = frozenset({"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "tq2_0", "mxfp4", "nvfp4"})  # parse, but print spelled out
+_ALIASES = frozenset(
+    {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "tq2_0", "mxfp4", "nvfp4"}
+)  # parse, but print spelled out
 _NAME_OF_KNOWN = {spec: name for name, spec in KNOWN_SPECS.items() if name not in _ALIASES}
 
 _GRAMMAR = re.compile(
@@ -305,7 +305,8 @@ def _parse(name: str) -> WeightSpec:
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise SpecError(
-            f"{name!r} is no weight spec; use <codes>[g<group>|t|b<rows>x<columns>][z|f|m][dq], codes being int1..int8, "
+            f"{name!r} is no weight spec; use <codes>[g<group>|t|b<rows>x<columns>][z|f|m][dq], codes being int1..int8 "
+            f"or "
             f"{', '.join(CODEBOOKS)}, for example int4g64 or nf4g64dq; or one of {', '.join(KNOWN_SPECS)}"
         )
     part = match.groupdict()

@@ -210,7 +210,7 @@ def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], di
 
     Nested scales come out as plain float32 ones, which hold the same values.
     """
-    if dim == len(shape) - 1 or spec.rows != 1 and dim == len(shape) - 2:
+    if dim == len(shape) - 1 or (spec.rows != 1 and dim == len(shape) - 2):
         return None
     if isinstance(index, int) and dim != 0:
         return None
@@ -229,5 +229,6 @@ def _index(part: Tensor, dim: int, index: Tensor | slice | int) -> Tensor:
     if isinstance(index, Tensor):
         return part.index_select(dim, index)
     if isinstance(index, slice):
-        return torch.ops.aten.slice.Tensor(part, dim, index.start, index.stop, index.step or 1)
+        piece: Tensor = torch.ops.aten.slice.Tensor(part, dim, index.start, index.stop, index.step or 1)
+        return piece
     return part.select(dim, index)

@@ -66,8 +66,8 @@ def note_kept(parameter: nn.Parameter, name: str, reason: str) -> None:
 def learn_model() -> None:
     """Learn names and output head of the module that dynamo is tracing now.
 
-    Dynamo tells a backend where a parameter was found in the frame, not which model it belongs to; its translator knows.
-    The first, outermost module that names a parameter wins.
+    Dynamo tells a backend where a parameter was found in the frame, not which model it belongs to; its translator
+    knows. The first, outermost module that names a parameter wins.
     """
     try:
         scope: dict[str, Any] = InstructionTranslator.current_tx().output.local_scope

@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ptqc import storage
-from ptqc.architecture import build_empty
+from ptqc.architecture import build_empty, planned_dtype
 from ptqc.assign import assign, quantize_site
 from ptqc.checkpoint import load, save, write_folder
 from ptqc.errors import CheckpointError, PtqcError, SpecError, WeightError
@@ -117,7 +118,7 @@ def quantize_folder(
         return _quantize_whole(stored, target, request)
     if not work:
         raise PtqcError(_nothing([*skipped, *left]))
-    return _quantize_streamed(stored, sources, work, (*skipped, *left), target, request)
+    return _quantize_streamed(model, stored, sources, work, (*skipped, *left), target, request)
 
 
 def _recipe(method: Method | None, spec: WeightSpec | None, recipe: Recipe | None) -> Recipe:
@@ -147,6 +148,7 @@ def _nothing(skipped: Sequence[Skipped]) -> str:
 
 
 def _quantize_streamed(
+    model: Any,
     stored: ModelFolder,
     sources: Sources,
     work: Sequence[tuple[Site, Rule]],
@@ -159,7 +161,7 @@ def _quantize_streamed(
         blocks, weights = {}, {}
         for name, (site, rule) in {site.name: (site, rule) for site, rule in work}.items():
             entry = sources.entries[name]
-            weights[name] = _plan(site, rule, entry, dtype or entry.dtype)
+            weights[name] = _plan(site, rule, entry, planned_dtype(model, name, dtype or entry.dtype))
             assert rule.method is not None
             blocks[name] = _quantized(name, entry, weights[name], rule.method)
         ordered = [blocks.get(name) or _copied(name, entry) for name, entry in sources.entries.items()]

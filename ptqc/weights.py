@@ -101,7 +101,7 @@ def _contracted_operands(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[t
         return _einsum_operands(node, behind)
     positions = _CONTRACTIONS.get(name, {})
     named = {1: node.kwargs.get("weight", node.kwargs.get("mat2", node.kwargs.get("other")))}
-    found = []
+    found: list[tuple[fx.Node, int | None]] = []
     for position, axis in positions.items():
         operand = node.args[position] if position < len(node.args) else named.get(position)
         if isinstance(operand, fx.Node) and operand in behind:
@@ -165,6 +165,6 @@ def _is_ranked(node: fx.Node, depth: int = 12) -> bool:
         return False
     followed: Iterable[fx.Node] = node.users
     return any(
-        function_name(user) in _RANKING or function_name(user) in _TO_RANKING and _is_ranked(user, depth - 1)
+        function_name(user) in _RANKING or (function_name(user) in _TO_RANKING and _is_ranked(user, depth - 1))
         for user in followed
     )

@@ -8,7 +8,11 @@ from ptqc.recipe import load_recipe, make_method, make_rule, rule_for
 
 def test_first_match_wins(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("- {pattern: down_proj, method: rtn, bits: 8, group_size: 32}\n- {pattern: '*.0.*', method: none}\n- {pattern: '*', method: rtn}\n")
+    file.write_text(
+        "- {pattern: down_proj, method: rtn, bits: 8, group_size: 32}\n"
+        "- {pattern: '*.0.*', method: none}\n"
+        "- {pattern: '*', method: rtn}\n"
+    )
     recipe = load_recipe(file)
     assert str(rule_for("layers.0.mlp.down_proj.weight", recipe).spec) == "int8g32"
     assert rule_for("layers.0.mlp.up_proj.weight", recipe).method is None

@@ -13,7 +13,7 @@ def test_files_are_names():
 
 
 def test_unknown_names_answer_with_the_known_ones():
-    with pytest.raises(UnknownNameError, match="no method is called 'hqqq'; known: .*hqq"):
+    with pytest.raises(UnknownNameError, match=r"no method is called 'hqqq'; known: .*hqq"):
         METHODS.get("hqqq")
 
 

@@ -9,7 +9,8 @@ NAME = "model.layers.10.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize(
-    "pattern", ["q_proj", "*.q_proj.*", "model.layers.10", "layers.1?", "*", NAME, r"re:layers\.\d+\.self", "self_attn.*"]
+    "pattern",
+    ["q_proj", "*.q_proj.*", "model.layers.10", "layers.1?", "*", NAME, r"re:layers\.\d+\.self", "self_attn.*"],
 )
 def test_finds(pattern):
     assert matches(NAME, [pattern])

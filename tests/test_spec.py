@@ -69,7 +69,8 @@ def test_fit_finds_the_nearest_divisor(group, columns, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("int4g64q", "int4g64"), ("int9", "1 to 8 bits"), ("nf5", "nf4"), ("", "codes"), ("int4g0", "positive")]
+    ("name", "says"),
+    [("int4g64q", "int4g64"), ("int9", "1 to 8 bits"), ("nf5", "nf4"), ("", "codes"), ("int4g0", "positive")],
 )
 def test_errors_say_what_would_work(name, says):
     with pytest.raises(SpecError, match=says):

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from ptqc.spec import KNOWN_SPECS, WeightSpec
-from ptqc.storage import Codes, combine, decode, decode_scales, encode, levels, part_layout, part_names, round_scale, take
+from ptqc.storage import (
+    Codes,
+    combine,
+    decode,
+    decode_scales,
+    encode,
+    levels,
+    part_layout,
+    part_names,
+    round_scale,
+    take,
+)
 
 NAMES = ["int1g8", "int2g32f", "int3g64z", "int4g64", "int4g32m", "int5g8", "int6", "int8t", "int8g32-f32", "nf4g64",
          "nf4g64dq", "fp4g32", "ternaryg64", "fp8e4m3", "fp8e4m3b128x128", "fp8e5m2t", "e2m1g16-e4m3",

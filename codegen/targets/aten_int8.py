@@ -38,7 +38,13 @@ class AtenInt8:
         spec = request.spec
         if request.device != "cpu" or request.needs_grad:
             return "ATen's int8 product serves CPU inference only"
-        if (spec.bits, spec.codebook, spec.zero, spec.group, spec.rows) != (8, None, "none", None, 1) or spec.scale.bits:
+        if (spec.bits, spec.codebook, spec.zero, spec.group, spec.rows) != (
+            8,
+            None,
+            "none",
+            None,
+            1,
+        ) or spec.scale.bits:
             return f"ATen's int8 product wants int8 with one scale per output, not {spec}"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return f"ATen's int8 product is slow for {request.dtype} activations"

@@ -37,7 +37,10 @@ class LowerLinears(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Rewrite every use. Returns how many uses were rewritten."""
-        uses = sum(_Weight(module, context, node, self.names[node], stored).lower() for node, stored in context.quantized.items())
+        uses = sum(
+            _Weight(module, context, node, self.names[node], stored).lower()
+            for node, stored in context.quantized.items()
+        )
         for node in context.quantized:
             module.graph.erase_node(node)
             delattr(module, str(node.target))
@@ -140,7 +143,7 @@ class _Linear:
 def _as_linear(node: fx.Node, weight: fx.Node, is_in_out: bool) -> _Linear | None:
     """Read a node as a product with `weight`, which is [..., in, out] if `is_in_out`, else [..., out, in]."""
     name = function_name(node)
-    arguments = {**dict(enumerate(node.args)), **node.kwargs}
+    arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[operator]
     if name == "linear" and not is_in_out:
         x, operand = arguments.get(0, arguments.get("input")), arguments.get(1, arguments.get("weight"))
         bias = arguments.get(2, arguments.get("bias"))

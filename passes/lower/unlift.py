@@ -1,9 +1,9 @@
 """Copy dynamo's graph with its parameters as attributes.
 
 Dynamo lifts parameters to placeholders and reads the placeholders of its own graph again after the backend returns, so
-that graph must not be changed. `gm.meta` is kept (without `dynamo_compile_id` Inductor would treat the weights as inputs
-that CUDA graphs must copy); `_param_name_to_source` is not, since attributes may then be added freely. Buffers and
-caches stay inputs: a program may replace them between calls.
+that graph must not be changed. `gm.meta` is kept (without `dynamo_compile_id` Inductor would treat the weights as
+inputs that CUDA graphs must copy); `_param_name_to_source` is not, since attributes may then be added freely. Buffers
+and caches stay inputs: a program may replace them between calls.
 """
 
 from collections.abc import Mapping, Sequence

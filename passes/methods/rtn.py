@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptqc import grid, storage
 from ptqc.methods import METHODS, whole_row
-from ptqc.spec import WeightSpec
+from ptqc.spec import WeightSpec, Zero
 
 __all__ = ["RoundToNearest"]
 
@@ -30,7 +30,7 @@ class RoundToNearest:
 
     def spec(self, bits: float | None = None, group: int | None = None) -> WeightSpec:
         """4 bits in groups of 64 unless asked otherwise."""
-        zero = "none" if self.symmetric or bits in (1.5, 1.58, 1.6) else "int"
+        zero: Zero = "none" if self.symmetric or bits in (1.5, 1.58, 1.6) else "int"
         return WeightSpec.integer(4 if bits is None else bits, whole_row(group, 64), zero)
 
     def refuses(self, spec: WeightSpec) -> str | None:

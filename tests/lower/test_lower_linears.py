@@ -31,7 +31,11 @@ LINEAR, BMM, PLAIN = "ptqc.linear.default", "ptqc.bmm.default", "ptqc.dequantize
 X = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
 CASES = {
     "linear": (parameter((96, 64)), lambda x, w: nn.functional.linear(x, w), {LINEAR}),
-    "linear with keyword bias": (parameter((96, 64)), lambda x, w: nn.functional.linear(x, w, bias=x[0, 0, 0].expand(96)), {LINEAR}),
+    "linear with keyword bias": (
+        parameter((96, 64)),
+        lambda x, w: nn.functional.linear(x, w, bias=x[0, 0, 0].expand(96)),
+        {LINEAR},
+    ),
     "matmul with a transpose": (parameter((96, 64)), lambda x, w: x @ w.t(), {LINEAR}),
     "matmul of [in, out]": (parameter((64, 96), True), lambda x, w: torch.matmul(x, w), {LINEAR}),
     "addmm of Conv1D": (parameter((64, 96), True), lambda x, w: torch.addmm(x[0, 0, 0].expand(96), x[0], w), {LINEAR}),
@@ -63,7 +67,9 @@ def test_it_does_not_fire_without_stored_weights():
 
 def test_a_weight_shared_by_two_linears_is_registered_once():
     weight = parameter((64, 64))
-    calls, context, _, output = lowered(Uses(weight, lambda x, w: nn.functional.linear(nn.functional.linear(x, w), w)), X)
+    calls, context, _, output = lowered(
+        Uses(weight, lambda x, w: nn.functional.linear(nn.functional.linear(x, w), w)), X
+    )
     assert calls.count(LINEAR) == 2
     assert len(context.quantized) == 1
     assert all(isinstance(stored, QuantTensor) for stored in context.quantized.values())
