@@ -1,0 +1,46 @@
+"""`ptqc export`: a file that other programs run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptqc.cli._models import Model, TrustRemoteCode, load_model
+from ptqc.cli._options import Options, read_options
+from ptqc.cli._output import Json, emit, note
+from ptqc.errors import PtqcError
+
+__all__ = ["export"]
+
+Format = Annotated[str, typer.Argument(metavar="FORMAT", help="gguf, onnx, ...")]
+Quant = Annotated[str | None, typer.Option(help="How the format stores the weights, as in Q4_0 or Q8_0 for gguf.")]
+Out = Annotated[Path, typer.Option(help="The file to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
+
+
+def export(
+    model: Model,
+    format: Format,
+    out: Out,
+    quant: Quant = None,
+    option: Options = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    is_json: Json = False,
+) -> None:
+    """Write a model to a file of another format."""
+    from ptqc.codegen.exporters import EXPORTERS
+    from ptqc.codegen.exporters import export as write
+    from ptqc.folder import local_folder
+
+    if format not in EXPORTERS.names():
+        raise PtqcError(f"no format is called {format!r}; known: {', '.join(EXPORTERS.names())}")
+    if out.exists() and not overwrite:
+        raise PtqcError(f"{out} exists; add --overwrite or name another file")
+    note(f"loading {model}")
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    note(f"writing {out}")
+    report = write(loaded, format, out, quant=quant, tokenizer=str(local_folder(model)), **read_options(option))
+    document = asdict(report) | {"path": str(report.path), "quant": quant}
+    emit(document, lambda: typer.echo(str(report)), is_json)
