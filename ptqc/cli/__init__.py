@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from ptqc import __version__
 from ptqc.cli.compare import compare
 from ptqc.cli.evaluate import run_eval
 from ptqc.cli.export import export
@@ -27,6 +28,8 @@ from ptqc.errors import PtqcError
 __all__ = ["app", "main"]
 
 log = logging.getLogger("ptqc")
+
+_INTERRUPTED = 130
 
 # click's base of usage errors, found through typer, which has a copy of click inside since 0.20.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -47,9 +50,7 @@ for _name, _function in {
 
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"ptqc {version('ptqc')}")
+        typer.echo(f"ptqc {__version__}")
         raise typer.Exit
 
 
@@ -77,16 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. arguments: those of the process by default."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return app(words or ["--help"], standalone_mode=False) or 0
+        code = app(words or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("ptqc: interrupted", err=True)
-        return 130
+        code = _INTERRUPTED
     except _UsageError as error:
         return _fail(error.format_message())
     except PtqcError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    if code == _INTERRUPTED:  # newer versions of typer return it instead of raising
+        typer.echo("ptqc: interrupted", err=True)
+    return code
 
 
 def _fail(message: str) -> int:
