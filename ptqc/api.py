@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from ptqc.assign import assign, quantize_site
+from ptqc.calibrate import batches
 from ptqc.errors import PtqcError
-from ptqc.methods import Method, quantize_weight
+from ptqc.methods import Method
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, Rule, fitted_spec, load_recipe, make_rule, rule_for
+from ptqc.recipe import Recipe, Rule, load_recipe, make_rule
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 
@@ -56,13 +58,13 @@ def quantize(
     unchanged then.
     """
     rules = _rules(method, recipe, {"bits": bits, "group_size": group_size, "spec": spec, "options": options or None})
-    batch = _first_batch(calibration, tokenizer)
+    batch = None if calibration is None else batches(calibration, tokenizer)[0]
     sites, skipped = select_sites(*find_sites(model, batch), model, include, exclude)
-    work, left = _assign(sites, rules)
+    work, left = assign(sites, rules)
     skipped += left
     if not work:
         raise PtqcError(_nothing_to_do(model, skipped))
-    quantized = [_quantize_site(site, rule) for site, rule in _shown(work, progress)]
+    quantized = [quantize_site(site, rule) for site, rule in _shown(work, progress)]
     for (site, _), weight in zip(work, quantized, strict=True):
         site.replace(weight)
     _report(work, quantized, skipped, progress)
@@ -78,37 +80,6 @@ def _rules(method: str | Method | None, recipe: Any, request: dict[str, Any]) ->
     if given:
         raise PtqcError(f"a recipe says everything itself; drop {', '.join(given)}")
     return load_recipe(recipe)
-
-
-def _first_batch(calibration: Any, tokenizer: Any) -> Mapping[str, Any] | None:
-    if calibration is None:
-        return None
-    from ptqc.calibrate import batches
-
-    return batches(calibration, tokenizer)[0]
-
-
-def _assign(sites: Sequence[Site], rules: Recipe) -> tuple[list[tuple[Site, Rule]], list[Skipped]]:
-    work, left = [], []
-    for site in sites:
-        rule = rule_for(site.name, rules)
-        if rule is None or rule.method is None:
-            left.append(Skipped(site.name, "no rule of the recipe matches" if rule is None else "the recipe keeps it"))
-        elif rule.method.needs:
-            needs = ", ".join(sorted(rule.method.needs))
-            raise PtqcError(
-                f"{type(rule.method).__name__} needs statistics of the inputs ({needs}), which no pass collects yet"
-            )
-        else:
-            work.append((site, rule))
-    return work, left
-
-
-def _quantize_site(site: Site, rule: Rule) -> QuantTensor:
-    assert rule.method is not None
-    shape = site.weight.mT.shape if site.is_transposed else site.weight.shape
-    spec = fitted_spec(rule, shape)
-    return quantize_weight(site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed)
 
 
 def _shown(work: Sequence[tuple[Site, Rule]], progress: bool) -> Iterable[tuple[Site, Rule]]:

@@ -23,7 +23,9 @@ def assign(sites: Sequence[Site], recipe: Recipe) -> tuple[list[tuple[Site, Rule
             left.append(Skipped(site.name, "no rule of the recipe matches" if rule is None else "the recipe keeps it"))
         elif rule.method.needs:
             needs = ", ".join(sorted(rule.method.needs))
-            raise PtqcError(f"{type(rule.method).__name__} needs statistics of the inputs ({needs}); use ptqc.quantize")
+            raise PtqcError(
+                f"{type(rule.method).__name__} needs statistics of the inputs ({needs}), which no pass collects yet"
+            )
         else:
             work.append((site, rule))
     return work, left
