@@ -1,0 +1,178 @@
+"""What each family of checkpoints needs in a GGUF file: metadata, tensor names, order of rows.
+
+A family is a row of ARCHITECTURES, found by the `model_type` of the configuration. Tensor names come from the table
+of the `gguf` package.
+
+llama.cpp rotates neighbouring pairs of a head where Hugging Face rotates the two halves against each other; for the
+families whose kernel does so, rows of the query and key projections are interleaved: [0, d/2, 1, d/2 + 1, ...].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gguf
+import torch
+from gguf import MODEL_TENSOR, GGUFValueType, Keys
+from torch import Tensor, nn
+
+from ptqc.codegen.export._gguf_rotary import rotary_factors, rotary_fields
+from ptqc.errors import ExportError
+
+__all__ = ["ARCHITECTURES", "Architecture", "Metadata", "Placement", "architecture_of", "metadata", "placements"]
+
+UINT, FLOAT, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A key of the file with its value."""
+
+    key: str
+    kind: GGUFValueType
+    value: Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """A metadata key and where the configuration has its value: a name, or a function of it. None leaves it out."""
+
+    key: str
+    kind: GGUFValueType
+    source: str | Callable[[Any], Any]
+
+    def read(self, config: Any) -> Any:
+        """The value, or None."""
+        return self.source(config) if callable(self.source) else getattr(config, self.source, None)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family.
+
+    name: what llama.cpp calls it. interleaved: tensors with interleaved rows -> config name of their number of heads.
+    fixed: config names whose one value llama.cpp computes; an absent one counts as that.
+    """
+
+    name: str
+    fields: tuple[Field, ...]
+    interleaved: Mapping[MODEL_TENSOR, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a weight of the model goes. rows: order of its rows in the file, or None. role: which tensor it is."""
+
+    name: str
+    stored_name: str
+    role: MODEL_TENSOR
+    weight: Tensor
+    rows: Tensor | None = None
+
+    def arranged(self) -> Tensor:
+        """The weight with its rows in the order of the file."""
+        weight = self.weight.detach()
+        return weight if self.rows is None else weight.index_select(0, self.rows.to(weight.device))
+
+
+def head_dim(config: Any) -> int:
+    """Width of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+_DECODER = (
+    Field(Keys.LLM.VOCAB_SIZE, UINT, "vocab_size"),
+    Field(Keys.LLM.CONTEXT_LENGTH, UINT, "max_position_embeddings"),
+    Field(Keys.LLM.EMBEDDING_LENGTH, UINT, "hidden_size"),
+    Field(Keys.LLM.BLOCK_COUNT, UINT, "num_hidden_layers"),
+    Field(Keys.LLM.FEED_FORWARD_LENGTH, UINT, "intermediate_size"),
+    Field(Keys.Attention.HEAD_COUNT, UINT, "num_attention_heads"),
+    Field(Keys.Attention.HEAD_COUNT_KV, UINT, "num_key_value_heads"),
+    Field(Keys.Attention.KEY_LENGTH, UINT, head_dim),
+    Field(Keys.Attention.VALUE_LENGTH, UINT, head_dim),
+    Field(Keys.Attention.LAYERNORM_RMS_EPS, FLOAT, "rms_norm_eps"),
+    Field(Keys.Rope.DIMENSION_COUNT, UINT, head_dim),
+)
+
+_INTERLEAVED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", _DECODER, _INTERLEAVED, {"hidden_act": "silu"}),
+    "mistral": Architecture("llama", _DECODER, _INTERLEAVED, {"hidden_act": "silu", "sliding_window": None}),
+    "qwen2": Architecture("qwen2", _DECODER, fixed={"hidden_act": "silu", "use_sliding_window": False}),
+    "qwen3": Architecture("qwen3", _DECODER, fixed={"hidden_act": "silu", "use_sliding_window": False}),
+}
+"""Families by the `model_type` of their configuration."""
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The family of a model.
+
+    Raises: ExportError naming those there are, or the setting that llama.cpp does not compute.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        found = f"a {type(model).__name__}" if kind is None else f'"{kind}"'
+        raise ExportError(f"gguf cannot describe {found} yet; model types it can: {', '.join(sorted(ARCHITECTURES))}")
+    architecture = ARCHITECTURES[kind]
+    for name, value in architecture.fixed.items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise ExportError(
+                f'llama.cpp computes "{architecture.name}" with {name}={value!r}, this model has {found!r}'
+            )
+    return architecture
+
+
+def metadata(architecture: Architecture, config: Any) -> list[Metadata]:
+    """The keys that describe the computation.
+
+    Raises: ExportError for a rotary scaling that llama.cpp does not have.
+    """
+    rows = [(row.key, row.kind, row.read(config)) for row in architecture.fields] + rotary_fields(config)
+    return [Metadata(key.format(arch=architecture.name), kind, value) for key, kind, value in rows if value is not None]
+
+
+def placements(architecture: Architecture, model: nn.Module) -> list[Placement]:
+    """Every tensor of the file, tied weights once.
+
+    Raises: ExportError naming weights the family does not have.
+    """
+    config: Any = model.config
+    table = gguf.get_tensor_name_map(_model_arch(architecture.name), config.num_hidden_layers)
+    placed, unknown = [], []
+    for name, weight in [*model.named_parameters(), *_persistent_buffers(model)]:
+        found = table.get_type_and_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            unknown.append(name)
+            continue
+        role, stored_name = found
+        heads = architecture.interleaved.get(role)
+        rows = None if heads is None else interleaved_rows(weight.shape[0], getattr(config, heads))
+        placed.append(Placement(name, stored_name, role, weight, rows))
+    if unknown:
+        raise ExportError(
+            f'"{architecture.name}" in llama.cpp has no place for {", ".join(unknown[:5])} '
+            f"({len(unknown)} weights); merge adapters and fold wrappers into the model first"
+        )
+    factors = rotary_factors(config)
+    if factors is not None:
+        stored_name = f"{gguf.TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight"
+        placed.append(Placement("rotary scaling", stored_name, MODEL_TENSOR.ROPE_FREQS, factors))
+    return placed
+
+
+def interleaved_rows(rows: int, heads: int) -> Tensor:
+    """Order of rows that turns rotation by halves into rotation by neighbours; row i of the file is row result[i]."""
+    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+
+
+def _model_arch(name: str) -> Any:
+    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    saved = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]

@@ -1,0 +1,110 @@
+"""Writing a GGUF file: header, metadata, vocabulary, tensor table, then one tensor after the other."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, Keys
+
+from ptqc.codegen.export._gguf_architectures import Metadata, Placement
+from ptqc.codegen.export._gguf_blocks import BlockType
+from ptqc.codegen.export._gguf_encode import encode_weight, fate_of
+from ptqc.codegen.export._gguf_tokenizer import Vocabulary
+from ptqc.codegen.exporters import ExportedTensor, Fate
+from ptqc.errors import ExportError
+
+__all__ = ["Planned", "write_file"]
+
+log = logging.getLogger("ptqc")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the file and its type."""
+
+    at: Placement
+    kind: BlockType
+
+    @property
+    def fate(self) -> Fate:
+        """What becomes of the weight."""
+        return fate_of(self.at.weight, self.kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.at.weight.numel() // self.kind.weights * self.kind.nbytes
+
+
+def write_file(
+    path: Path, architecture: str, keys: Sequence[Metadata], vocabulary: Vocabulary, tensors: Sequence[Planned]
+) -> tuple[ExportedTensor, ...]:
+    """Write everything, holding one encoded tensor at a time, and read the tensor table back.
+
+    Raises: ExportError for values a type cannot hold, or a file that does not read back; OSError.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        for row in keys:
+            writer.add_key_value(row.key, row.value, row.kind)
+        _add_vocabulary(writer, vocabulary)
+        for tensor in tensors:
+            at, kind = tensor.at, GGMLQuantizationType[tensor.kind.name]
+            writer.add_tensor_info(at.stored_name, tuple(at.weight.shape), np.dtype(np.float32), tensor.nbytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        written = tuple(_write_tensor(writer, tensor) for tensor in tensors)
+    finally:
+        writer.close()
+    _read_back(path, written)
+    return written
+
+
+def _write_tensor(writer: gguf.GGUFWriter, tensor: Planned) -> ExportedTensor:
+    at, kind = tensor.at, tensor.kind.name
+    writer.write_tensor_data(encode_weight(at.arranged(), tensor.kind, at.name))
+    log.debug("%s -> %s: %s, %s, %d bytes", at.name, at.stored_name, kind, tensor.fate, tensor.nbytes)
+    return ExportedTensor(at.name, at.stored_name, kind, tensor.fate, tensor.nbytes)
+
+
+_SPECIAL_KEYS: dict[str, str] = {
+    "bos": Keys.Tokenizer.BOS_ID,
+    "eos": Keys.Tokenizer.EOS_ID,
+    "unk": Keys.Tokenizer.UNK_ID,
+    "sep": Keys.Tokenizer.SEP_ID,
+    "pad": Keys.Tokenizer.PAD_ID,
+    "mask": Keys.Tokenizer.MASK_ID,
+}
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.charsmap:
+        writer.add_precompiled_charsmap(vocabulary.charsmap)
+    for role, index in vocabulary.special.items():
+        writer.add_uint32(_SPECIAL_KEYS[role], index)
+    for name, value in vocabulary.flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    template = vocabulary.chat_template
+    if template:
+        named = template if isinstance(template, str) else [{"name": k, "template": v} for k, v in template.items()]
+        writer.add_chat_template(named)
+
+
+def _read_back(path: Path, written: Sequence[ExportedTensor]) -> None:
+    found = [(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in gguf.GGUFReader(path).tensors]
+    wanted = [(tensor.stored_name, tensor.stored_as, tensor.nbytes) for tensor in written]
+    if found != wanted:
+        lost = next(name for name in wanted if name not in found)
+        raise ExportError(f"the file does not read back as it was written: {lost[0]} is missing or another")
