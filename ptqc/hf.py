@@ -8,7 +8,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ class PtqcQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return
         manifest = Manifest.from_config(self.quantization_config.stored, f"config.json of {model.name_or_path}")
-        _check_files(manifest, checkpoint_files)
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        _check_files(manifest, checkpoint_files or [], parameters)
         self._weights = _renamed(manifest.weights, parameters, model.base_model_prefix)
         self._tied = {a: b for a, b in manifest.tied.items() if a in parameters and b in parameters}
         for name, weight in self._weights.items():
@@ -194,14 +194,20 @@ class _Assemble:
         return {full_layer_name: self.hf_quantizer.build(full_layer_name, single, model)}
 
 
-def _check_files(manifest: Manifest, files: list[str] | None) -> None:
-    pickles = [file for file in files or () if not file.endswith(".safetensors")]
+def _check_files(manifest: Manifest, files: list[str], parameters: Container[str]) -> None:
+    """Hold the headers of the files against the manifest, before transformers reads a tensor."""
+    if not files:
+        return
+    folder = str(Path(files[0]).parent)
+    pickles = [file for file in files if not file.endswith(".safetensors")]
     if pickles:
         raise CheckpointError(f"{pickles[0]} is no safetensors file; ptqc weights are only read from those")
-    entries = {name: entry for file in files or () for name, entry in read_safefile(file).entries.items()}
-    if files:
-        folder = str(Path(files[0]).parent)
-        manifest.check({name: (entry.shape, entry.dtype) for name, entry in entries.items()}, folder)
+    entries = {name: entry for file in files for name, entry in read_safefile(file).entries.items()}
+    manifest.check({name: (entry.shape, entry.dtype) for name, entry in entries.items()}, folder)
+    for name in entries.keys() - manifest.layout().keys():
+        weight, _, part = name.rpartition(".")
+        if part in _PARTS and weight in parameters and name not in parameters:
+            raise CheckpointError(f"{folder} holds {name}, but quantization_config lacks {weight}; save it again")
 
 
 def _renamed(weights: Mapping[str, StoredWeight], names: Iterable[str], prefix: str) -> dict[str, StoredWeight]:
