@@ -28,7 +28,7 @@ from ptqc.passes.lower.unlift import Unlifted, unlift
 from ptqc.pipeline import Context, Pipeline
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import load_recipe, make_rule
-from ptqc.stored import Selection, kept_weights, learn_model, name_of, note_kept, stored_weights
+from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
 
 __all__ = ["kept_weights", "ptqc", "stored_weights"]
 
@@ -105,7 +105,7 @@ class _Compiled:
     ) -> None:
         self._compiled, self._kept = compiled, tuple(graph.kept)
         self._expected = [(i, weakref.ref(p)) for i, p in zip(graph.positions, graph.parameters.values(), strict=True)]
-        self._source = fx.GraphModule(gm, gm.graph)  # dynamo clears its own after compilation
+        self._source = _copy(gm)
         self._compile = {"backend": ptqc, "options": options, **({"mode": mode} if mode else {})}
         self._variants: dict[tuple[int, ...], tuple[list[Any], Callable[..., Any]]] = {}
 
@@ -119,10 +119,19 @@ class _Compiled:
         parameters = [arguments[index] for index, _ in self._expected]
         key = tuple(map(id, parameters))
         if key not in self._variants:
+            for parameter, (_, expected) in zip(parameters, self._expected, strict=True):
+                call_alike(parameter, expected())
             module = unlift(self._source, arguments).module
             module.meta = {}
             self._variants[key] = (parameters, _recompile(module, self._compile))
         return self._variants[key][1]
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own, since dynamo goes on using its graph."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
 
 
 def _recompile(module: nn.Module, settings: Mapping[str, Any]) -> Callable[..., Any]:

@@ -55,7 +55,8 @@ def unpack_linear(packed: Tensor, bits: int, n: int) -> Tensor:
 def pack_base3(codes: Tensor, bits: int) -> Tensor:
     """Pack ternary digits, five to a byte, first digit least significant. codes: [..., n] uint8 in 0..2."""
     fives = pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5))
-    return (fives * torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (fives * torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_base3(packed: Tensor, bits: int, n: int) -> Tensor:

@@ -22,7 +22,7 @@ from ptqc.select import matches
 from ptqc.sites import output_head
 from ptqc.weights import WeightUse
 
-__all__ = ["Selection", "kept_weights", "learn_model", "name_of", "note_kept", "stored_weights"]
+__all__ = ["Selection", "call_alike", "kept_weights", "learn_model", "name_of", "note_kept", "stored_weights"]
 
 log = logging.getLogger("ptqc")
 
@@ -86,6 +86,16 @@ def learn_model() -> None:
 def name_of(parameter: nn.Parameter, otherwise: str) -> str:
     """Qualified name of a parameter in the outermost model seen, else what dynamo calls it."""
     return str(_names.get(parameter, otherwise))
+
+
+def call_alike(parameter: nn.Parameter, other: nn.Parameter | None) -> None:
+    """Give a parameter the name and the part of another that stands in the same place of a module of the same class."""
+    if other is None:
+        return
+    if other in _names:
+        _names.setdefault(parameter, _names[other])
+    if other in _heads:
+        _heads[parameter] = True
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,14 @@ def test_two_models_of_one_class_do_not_mix():
                     assert agree(got, eager(model, stored_weights(model))(x))
 
 
+def test_patterns_hold_for_the_second_model_of_a_class():
+    first, second = Stack().eval(), Stack().eval()
+    for model in (first, second):
+        with torch.no_grad():
+            torch.compile(model, backend="ptqc", options=OPTIONS | {"exclude": ["blocks.0", "down"]})(torch.ones(3, 64))
+        assert set(stored_weights(model)) == {"blocks.1.up.weight"}
+
+
 def test_freeing_survives_new_shapes_and_ends_eager_use():
     model = Stack().eval()
     expected_from = copy.deepcopy(model)

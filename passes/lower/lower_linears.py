@@ -143,7 +143,7 @@ class _Linear:
 def _as_linear(node: fx.Node, weight: fx.Node, is_in_out: bool) -> _Linear | None:
     """Read a node as a product with `weight`, which is [..., in, out] if `is_in_out`, else [..., out, in]."""
     name = function_name(node)
-    arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[operator]
+    arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
     if name == "linear" and not is_in_out:
         x, operand = arguments.get(0, arguments.get("input")), arguments.get(1, arguments.get("weight"))
         bias = arguments.get(2, arguments.get("bias"))
