@@ -7,7 +7,7 @@ import copy
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,15 +133,18 @@ def compare(
     tokenizer: Any = None,
     names: tuple[str, str] = ("model", "text"),
     on_step: OnStep | None = None,
+    on_quantized: Callable[[Candidate, nn.Module], None] | None = None,
 ) -> Comparison:
     """Quantize a copy of a float model with each candidate, and score all of them on tokens [tokens].
 
     The model is unchanged. Weights are quantized as they are stored; scoring on a CPU is in float32, for the float
-    model as well. names: of model and text, for the report. The other arguments are those of `quantize` and `evaluate`.
+    model as well. names: of model and text, for the report. on_quantized: sees every quantized copy before it is scored, for saving it.
+    The other arguments are those of `quantize` and `evaluate`.
 
     Raises: PtqcError as `quantize` and `evaluate` do.
     """
     options = {"include": include, "exclude": exclude, "calibration": calibration, "tokenizer": tokenizer}
+    keep = on_quantized or _keep_nothing
     step = on_step or _silent
     with tempfile.TemporaryDirectory(prefix="ptqc-") as folder:
         step("float", "evaluate", 0, 1)
@@ -150,11 +153,15 @@ def compare(
             tokens, Path(folder) / "float", window=window, windows=windows, batch=batch,
             on_progress=lambda done, total: step("float", "evaluate", done, total),
         )  # fmt: skip
-        runs = [_run(model, candidate, expected, batch, options, step) for candidate in candidates]
+        runs = [_run(model, candidate, expected, batch, options, step, keep) for candidate in candidates]
     return Comparison(names[0], names[1], window, len(expected.windows), _baseline(model, expected), tuple(runs))
 
 
 def _silent(label: str, step: str, done: int, total: int) -> None:
+    pass
+
+
+def _keep_nothing(candidate: Candidate, quantized: nn.Module) -> None:
     pass
 
 
@@ -182,6 +189,7 @@ def _run(
     batch: int,
     options: dict[str, Any],
     step: OnStep,
+    keep: Callable[[Candidate, nn.Module], None],
 ) -> Run:
     step(candidate.label, "quantize", 0, 1)
     quantized = copy.deepcopy(model)
@@ -194,6 +202,7 @@ def _run(
     layers = layer_errors(quantized, model)
     spec, bits_per_weight = _storage(quantized)
     nbytes = _nbytes(quantized)
+    keep(candidate, quantized)
     evaluation = evaluate(
         quantized.float() if _is_scored_in_float32(quantized) else quantized,
         expected.windows.flatten(), window=expected.windows.shape[1], against=expected, batch=batch,

@@ -117,6 +117,16 @@ def test_steps_are_reported(tokens):
     ]  # fmt: skip
 
 
+def test_every_copy_is_shown_before_it_is_scored(tokens):
+    seen = []
+
+    def keep(candidate, model):
+        seen.append((candidate.label, str(model.up.weight.spec), model.up.weight.dtype))
+
+    compare(Bigram().half(), parse_candidates("rtn:4:32,rtn:8"), tokens, window=20, on_quantized=keep)
+    assert seen == [("rtn:4:32", "int4g32", torch.float16), ("rtn:8", "int8", torch.float16)]
+
+
 def test_nothing_is_left_in_the_temporary_folder(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(PtqcError, match="nothing would be quantized"):

@@ -17,7 +17,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -92,7 +91,7 @@ def _columns(unit: Unit) -> Sequence[ProgressColumn]:
         "bytes": [DownloadColumn(), TransferSpeedColumn()],
         "windows": [MofNCompleteColumn(), TextColumn("windows")],
     }
-    ends = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[item]}")]
+    ends = [TimeRemainingColumn(), TextColumn("left [dim]{task.fields[item]}")]
     return [TextColumn("{task.description}"), BarColumn(), *amounts[unit], *ends]
 
 
