@@ -67,6 +67,10 @@ def quantize(
     quantized = [quantize_site(site, rule) for site, rule in _shown(work, progress)]
     for (site, _), weight in zip(work, quantized, strict=True):
         site.replace(weight)
+    if hasattr(model, "save_pretrained"):
+        from ptqc.hf import attach  # here: plain modules need no transformers
+
+        attach(model)
     _report(work, quantized, skipped, progress)
     return model
 

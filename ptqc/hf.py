@@ -243,14 +243,8 @@ def _describe(model: Any, config: PtqcConfig) -> None:
 
 
 def attach(model: nn.Module) -> None:
-    """Tell a transformers model, quantized in memory, how to save itself: `save_pretrained` works afterwards.
-
-    Other modules are left alone.
-    """
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        quantizer = PtqcQuantizer(PtqcConfig(), pre_quantized=True)
-        _describe(model, quantizer.quantization_config)
-        model.hf_quantizer = quantizer
+    """Tell a transformers model, quantized in memory, how to save itself: `save_pretrained` works afterwards."""
+    model.hf_quantizer = PtqcQuantizer(PtqcConfig(), pre_quantized=True)
 
 
 # Importing this module registers it; `ptqc/__init__.py` imports it as soon as transformers' table exists.

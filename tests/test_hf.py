@@ -5,13 +5,11 @@ import sys
 import pytest
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ptqc import PtqcConfig, quantize
 from ptqc.checkpoint import load, save
 from ptqc.errors import CheckpointError, PtqcError
-from ptqc.hf import attach
 from ptqc.qtensor import QuantTensor
 from tests.tiny import IDS, MODELS, logits, tiny
 
@@ -83,12 +81,12 @@ def test_a_request_that_does_nothing_is_an_error(reference_folder, config, compl
         AutoModelForCausalLM.from_pretrained(reference_folder, quantization_config=config)
 
 
-def test_a_model_quantized_in_memory_saves_itself_once_attached(tmp_path):
-    model = quantized("experts")
-    attach(model)
-    model.save_pretrained(tmp_path / "out")
+def test_a_model_quantized_in_memory_saves_itself(tmp_path):
+    tiny("experts").save_pretrained(tmp_path / "float")  # as transformers stores it: expert by expert
+    model = from_pretrained("experts", tmp_path / "float")
+    quantize(model, "rtn", calibration=[{"input_ids": IDS}], progress=False)
+    model.save_pretrained(tmp_path / "out", max_shard_size="50KB")
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
-    attach(nn.Linear(2, 2))  # not a transformers model: nothing to tell
 
 
 def test_the_base_model_without_its_head(tmp_path):
