@@ -21,7 +21,7 @@ from ptqc.errors import ExportError
 
 __all__ = ["ARCHITECTURES", "Architecture", "Metadata", "Placement", "architecture_of", "metadata", "placements"]
 
-UINT, FLOAT, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
+UINT, FLOAT = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 
 
 @dataclass(frozen=True)
