@@ -141,7 +141,8 @@ def run_methods(demo: Demo) -> Comparison:
         def advance(label: str, step: str, done: int, total: int) -> None:
             bar.update(task, description=f"{step} {label}", completed=labels.index(label) * windows + done)
             if step == "evaluate" and done == total:
-                bar.console.print(f"  {label:<14} {'quantized, saved, ' if label != 'float' else ''}scored", style="dim")
+                done_so_far = "scored" if label == "float" else "quantized, saved, scored"
+                bar.console.print(f"  {label:<14} {done_so_far}", style="dim")
 
         found = compare(
             demo.model, demo.candidates, demo.tokens, window=WINDOW, names=(REFERENCE.name, "docs"), on_step=advance,

@@ -38,7 +38,7 @@ class Candidate:
     def parse(text: str) -> "Candidate":
         """Read method[:bits[:group]] or method:spec.
 
-        >>> Candidate.parse("hqq:3:128").group_size
+        >>> Candidate.parse("rtn:3:128").group_size
         128
 
         Raises: PtqcError if the method does not exist or cannot do what is asked.

@@ -1,13 +1,10 @@
 """The picture of a comparison: perplexity and divergence against bits per weight."""
 
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ptqc.compare import Comparison, Run
 from ptqc.errors import PtqcError
@@ -16,9 +13,9 @@ try:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-    from matplotlib.transforms import Bbox
+
+    from ptqc.labels import place_labels
 except ImportError:
     raise PtqcError("the picture takes matplotlib: pip install 'ptqc[plot]'") from None
 
@@ -69,7 +66,7 @@ def draw(comparison: Comparison, theme: Theme = LIGHT, *, has_heading: bool = Tr
         _log_axis(right, _all_positive)
         figure.draw_without_rendering()
         for axes in (left, right):
-            _Labels(axes).place()
+            place_labels(axes)
     return figure
 
 
@@ -142,76 +139,6 @@ def _log_axis(axes: Any, is_wanted: Callable[[Sequence[float]], bool]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-class _Labels:
-    """Moves the labels of points to where they cover neither one another, nor a point, nor a line."""
-
-    _DISTANCES = (7, 11, 16, 22, 30, 40, 52, 66)
-    _DIRECTIONS = (
-        (1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8),
-        (1, 0.4), (-1, 0.4), (1, -0.4), (-1, -0.4),
-    )  # fmt: skip
-    _SAMPLES = np.linspace(0, 1, 200)
-
-    def __init__(self, axes: Any) -> None:
-        self._renderer = axes.figure.canvas.get_renderer()
-        self._pixels_per_point = axes.figure.dpi / 72
-        self._inside = axes.get_window_extent(self._renderer)
-        self._notes = [note for note in axes.texts if note.xycoords == "data"]
-        self._points = axes.transData.transform([note.xy for note in self._notes])
-        self._lines = np.concatenate([self._along(line) for line in axes.lines])
-        self._taken = [self._extent(note) for note in axes.texts if note not in self._notes]
-
-    def _extent(self, note: Any) -> Any:
-        """The box of a label in pixels, without its leader."""
-        return Text.get_window_extent(note, self._renderer)
-
-    def _along(self, line: Any) -> Any:
-        """Pixels along a line, [points, 2]."""
-        corners = line.get_transform().transform(line.get_xydata())
-        share = self._SAMPLES[:, None, None]
-        return (corners[:-1] * (1 - share) + corners[1:] * share).reshape(-1, 2)
-
-    def place(self) -> None:
-        """Give every label the cheapest place: free of others first, then near, with a leader to a far one."""
-        places = [(dx * r, dy * r) for r in self._DISTANCES for dx, dy in self._DIRECTIONS]
-        for point, note in sorted(zip(self._points, self._notes, strict=True), key=lambda pair: -pair[0][0]):
-            extent = self._extent(note)
-            boxes = [self._box(point, extent, place) for place in places]
-            costs = [self._cost(box, point, place) for box, place in zip(boxes, places, strict=True)]
-            best = min(range(len(places)), key=costs.__getitem__)
-            x, y = places[best]
-            note.set(position=(x, y), ha="left" if x > 0 else "right" if x < 0 else "center",
-                     va="bottom" if y > 0 else "top" if y < 0 else "center")  # fmt: skip
-            note.arrow_patch.set_visible(math.hypot(x, y) > 12)
-            self._taken.append(boxes[best])
-            self._lines = np.concatenate([self._lines, self._leader(point, places[best])])
-
-    def _box(self, point: Any, extent: Any, place: tuple[float, float]) -> Any:
-        """The box of a label at a place: beside, above or below the end of the offset, or centred there."""
-        x, y = point + np.multiply(place, self._pixels_per_point)
-        left = x - extent.width * (0.5 - 0.5 * np.sign(place[0]))
-        bottom = y - extent.height * (0.5 - 0.5 * np.sign(place[1]))
-        return Bbox.from_bounds(left, bottom, extent.width, extent.height).padded(2)
-
-    def _leader(self, point: Any, place: tuple[float, float]) -> Any:
-        """Pixels between a point and a place, [points, 2]."""
-        return point + np.linspace(0, 1, 20)[:, None] * np.multiply(place, self._pixels_per_point)
-
-    def _cost(self, box: Any, point: Any, place: tuple[float, float]) -> float:
-        cost: float = math.hypot(*place) / 20
-        leader = self._leader(point, place)
-        cost += 5 * sum(_count_inside(other, leader) > 0 for other in self._taken)
-        cost += 20 * sum(box.overlaps(other) for other in self._taken) + 10 * _count_inside(box, self._points)
-        cost += 0.4 * math.sqrt(_count_inside(box, self._lines))
-        inside = self._inside.x0 <= box.x0 and box.x1 <= self._inside.x1 and self._inside.y0 <= box.y0
-        return cost if inside else cost + 40
-
-
-def _count_inside(box: Any, points: Any) -> int:
-    """How many of points [points, 2] lie in a box."""
-    return int(((points > (box.x0, box.y0)) & (points < (box.x1, box.y1))).all(-1).sum())
 
 
 def to_png(comparison: Comparison, theme: Theme = LIGHT) -> bytes:

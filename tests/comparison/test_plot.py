@@ -1,5 +1,4 @@
 import dataclasses
-from itertools import combinations
 
 import pytest
 
@@ -32,16 +31,6 @@ def test_the_float_model_is_a_line(panels):
     lines = [line for line in panels[0].lines if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in lines] == [41.7655]
     assert any(note.get_text() == "float16 41.77" for note in panels[0].texts)
-
-
-@pytest.mark.parametrize("panel", [0, 1])
-def test_labels_do_not_cover_each_other_or_a_point(panels, panel):
-    axes = panels[panel]
-    renderer = axes.figure.canvas.get_renderer()
-    boxes = [plot.Text.get_window_extent(note, renderer) for note in axes.texts]
-    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    points = axes.transData.transform([note.xy for note in labels(axes)])
-    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_perplexities_far_apart_are_on_a_log_axis(comparison):
