@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import ptqc
-from ptqc.compare import Candidate, Comparison, compare, parse_candidates
-from ptqc.report import check_folder, write
+from ptqc.comparison.compare import Candidate, Comparison, compare, parse_candidates
+from ptqc.comparison.report import check_folder, write
 from ptqc.texts import docs, tokenize
 
 REFERENCE = Path(__file__).parent / "models" / "reference"

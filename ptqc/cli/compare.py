@@ -13,7 +13,7 @@ from ptqc.cli.evaluate import Batch, Column, Dataset, Split, Text, Window, Windo
 from ptqc.cli.quantize import Exclude, Include
 
 if TYPE_CHECKING:
-    from ptqc.compare import Comparison
+    from ptqc.comparison.compare import Comparison
 
 __all__ = ["compare", "show_comparison"]
 
@@ -45,10 +45,10 @@ def compare(
     Quantizes a copy of the model with each, scores them all on a text, and writes a table (CSV, JSON), a picture and a
     page that shows in any browser.
     """
-    from ptqc.compare import compare as run
-    from ptqc.compare import parse_candidates
+    from ptqc.comparison.compare import compare as run
+    from ptqc.comparison.compare import parse_candidates
+    from ptqc.comparison.report import as_document, check_folder, write
     from ptqc.evaluate import windows_of
-    from ptqc.report import as_document, check_folder, write
 
     candidates = parse_candidates(methods)
     check_folder(out, overwrite)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptqc.compare import Comparison, LayerError, Run
+from ptqc.comparison.compare import Comparison, LayerError, Run
 from ptqc.evaluate import Evaluation
 
 LAYERS = ("layers.0.up.weight", "layers.1.<odd>.weight")

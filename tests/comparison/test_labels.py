@@ -6,8 +6,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from ptqc import plot
-from ptqc.labels import place_labels
+from ptqc.comparison import plot
+from ptqc.comparison.labels import place_labels
 
 
 def scatter(points):

@@ -1,7 +1,7 @@
 import re
 from html.parser import HTMLParser
 
-from ptqc.page import render
+from ptqc.comparison.page import render
 
 
 class Outline(HTMLParser):

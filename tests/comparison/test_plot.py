@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from ptqc import plot
+from ptqc.comparison import plot
 
 
 def labels(axes):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ptqc import report
+from ptqc.comparison import report
 from ptqc.errors import PtqcError
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ptqc.compare import Comparison, Run
+from ptqc.comparison.compare import Comparison, Run
+from ptqc.comparison.page import render
+from ptqc.comparison.plot import to_png
 from ptqc.errors import PtqcError
-from ptqc.page import render
-from ptqc.plot import to_png
 
 __all__ = ["FILES", "as_document", "check_folder", "to_csv", "write"]
 

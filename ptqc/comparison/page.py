@@ -7,8 +7,8 @@ import base64
 from html import escape
 from string import Template
 
-from ptqc.compare import Comparison, Run
-from ptqc.plot import DARK, LIGHT, to_svg
+from ptqc.comparison.compare import Comparison, Run
+from ptqc.comparison.plot import DARK, LIGHT, to_svg
 
 __all__ = ["render"]
 

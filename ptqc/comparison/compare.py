@@ -138,8 +138,8 @@ def compare(
     """Quantize a copy of a float model with each candidate, and score all of them on tokens [tokens].
 
     The model is unchanged. Weights are quantized as they are stored; scoring on a CPU is in float32, for the float
-    model as well. names: of model and text, for the report. on_quantized: sees every quantized copy before it is scored, for saving it.
-    The other arguments are those of `quantize` and `evaluate`.
+    model as well. names: of model and text, for the report. on_quantized: sees every quantized copy before it is
+    scored, for saving it. The other arguments are those of `quantize` and `evaluate`.
 
     Raises: PtqcError as `quantize` and `evaluate` do.
     """

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ptqc.api
-from ptqc.compare import Candidate, compare, layer_errors, parse_candidates
+from ptqc.comparison.compare import Candidate, compare, layer_errors, parse_candidates
 from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
 

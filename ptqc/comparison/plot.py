@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptqc.compare import Comparison, Run
+from ptqc.comparison.compare import Comparison, Run
 from ptqc.errors import PtqcError
 
 try:
@@ -15,7 +15,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    from ptqc.labels import place_labels
+    from ptqc.comparison.labels import place_labels
 except ImportError:
     raise PtqcError("the picture takes matplotlib: pip install 'ptqc[plot]'") from None
 
