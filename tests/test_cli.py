@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptqc.checkpoint import load
@@ -299,6 +300,17 @@ def test_inspect_orders_layers_by_number(run_json, tiny):
     names = [row["name"] for row in run_json("inspect", tiny / "model.safetensors")["tensors"]]
     assert names.index("model.layers.0.mlp.up_proj.weight") < names.index("model.layers.1.mlp.down_proj.weight")
     assert len(names) == 21
+
+
+def test_names_from_files_cannot_steer_the_terminal(run, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"[/red]\x1b[31m\rname": torch.zeros(4, 4)}, file)
+    code, out, _ = run("inspect", file)
+    assert code == 0
+    assert "[/red]?[31m?name" in out
+    assert "\x1b" not in out
+    code, _, err = run("inspect", tmp_path / "\x1b[31m.safetensors")
+    assert (code, "\x1b" in err) == (2, False)
 
 
 def test_inspect_names_a_foreign_quantizer(run, tiny, tmp_path):

@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from ptqc import __version__
+from ptqc.cli._output import note
 from ptqc.cli.compare import compare
 from ptqc.cli.evaluate import run_eval
 from ptqc.cli.export import export
@@ -58,7 +59,7 @@ class _Stderr(logging.Handler):
     """Writes to whatever sys.stderr is at the time: a progress bar moves out of the way of what goes through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"ptqc: {record.getMessage()}", err=True)
+        note(f"ptqc: {record.getMessage()}")
 
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log, and tracebacks of errors.")]
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     if code == _INTERRUPTED:  # newer versions of typer return it instead of raising
-        typer.echo("ptqc: interrupted", err=True)
+        note("ptqc: interrupted")
     return code
 
 
@@ -96,5 +97,5 @@ def _fail(message: str) -> int:
     """Say in one line what is at fault."""
     if log.isEnabledFor(logging.INFO):
         traceback.print_exc()
-    typer.echo(f"ptqc: {' '.join(message.split())}", err=True)
+    note(f"ptqc: {' '.join(message.split())}")
     return 2

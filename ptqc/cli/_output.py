@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,12 +24,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Advance", "Json", "Unit", "emit", "note", "progress", "show_table", "table"]
+__all__ = ["Advance", "Json", "Unit", "emit", "note", "printable", "progress", "show_table", "table"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Unit = Literal["bytes", "windows"]
 
 _SECONDS_BETWEEN_LINES = 5.0
+_LONGEST_NAME = 32
+"""Characters of the thing at hand beside a bar, its last ones: the line must fit 100 columns."""
 
 
 class Advance(Protocol):
@@ -56,17 +60,22 @@ def table(*heads: str, title: str | None = None) -> Table:
 
 def show_table(made: Table, *lines: str) -> None:
     """Print a table on stdout, and lines below it."""
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=200)  # a file has no edge to wrap at
+    # No markup: cells hold names from files. A file has no edge to wrap at.
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(markup=False, highlight=False, emoji=False, width=200 if wide else None)
     console.print(made)
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
 
 
 def note(line: str) -> None:
     """Print a line on stderr."""
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)
+
+
+def printable(text: str) -> str:
+    """The text without characters that move a terminal's cursor or change its colours: names come from files."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 @contextmanager
@@ -81,7 +90,7 @@ def progress(what: str, unit: Unit) -> Iterator[Advance]:
         task = bar.add_task(what, total=None, item="")
 
         def advance(done: float, total: float, what: str = "") -> None:
-            bar.update(task, completed=done, total=total, item=what)
+            bar.update(task, completed=done, total=total, item=escape(printable(what)[-_LONGEST_NAME:]))
 
         yield advance
 
@@ -92,7 +101,7 @@ def _columns(unit: Unit) -> Sequence[ProgressColumn]:
         "windows": [MofNCompleteColumn(), TextColumn("windows")],
     }
     ends = [TimeRemainingColumn(), TextColumn("left [dim]{task.fields[item]}")]
-    return [TextColumn("{task.description}"), BarColumn(), *amounts[unit], *ends]
+    return [TextColumn("{task.description}"), BarColumn(bar_width=20), *amounts[unit], *ends]
 
 
 class _Lines:

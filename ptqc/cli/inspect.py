@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptqc.cli._output import Json, emit, show_table, table
+from ptqc.cli._output import Json, emit, printable, show_table, table
 
 if TYPE_CHECKING:
     from ptqc.manifest import Manifest
@@ -113,7 +113,7 @@ def _show(document: dict[str, Any], entries: list[_Entry], is_all: bool) -> None
         if is_all or len(entry.shape) > 1 or entry.is_quantized:
             shape = " x ".join(map(str, entry.shape)) or "scalar"
             bits = f"{entry.bits_per_weight:.4g}"
-            made.add_row(entry.name, entry.format, shape, f"{entry.nbytes / 1e3:.1f}", bits)
+            made.add_row(printable(entry.name), entry.format, shape, f"{entry.nbytes / 1e3:.1f}", bits)
     lines = [f"{alias} is tied to {name}" for alias, name in document["tied"].items()]
     if document["quantized_by"] not in (None, "ptqc"):
         lines.append(f"quantized by {document['quantized_by']}: tensors are listed as they are stored")
