@@ -1,7 +1,7 @@
 """Peak memory of quantizing a model from disk: does it stay below 1.3 x the larger of (input shard, output)?
 
 Writes a Llama-shaped model of about a billion random bfloat16 parameters to a temporary folder, once sharded and once
-as a single file, quantizes each in a process of its own, and reads that process's peak resident memory (VmHWM).
+as a single file, runs `ptqc quantize` on each in a process of its own, and reads its peak resident memory (VmHWM).
 
     python -m benchmarks.stream_memory [--spec int4g64] [--include-head] [--json FILE]
 """
@@ -76,39 +76,31 @@ def write_model(folder: Path, max_shard_bytes: float) -> None:
     write_shards(folder, assign_shards(blocks, max_shard_bytes))
 
 
-QUANTIZE = """
-import json, sys
+COMMAND = """
+import sys
 from pathlib import Path
-from ptqc.methods import METHODS
-from ptqc.spec import WeightSpec
-from ptqc.stream import quantize_folder
+from ptqc.cli import main
 
-def status(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-source, out, method, spec, include, shard = sys.argv[1:]
-seen = []
-report = quantize_folder(
-    source, out, method=METHODS.get(method)(), spec=WeightSpec.parse(spec), max_shard_bytes=float(shard),
-    include=None if not include else ["*proj*", "lm_head", "embed_tokens"],
-    on_progress=lambda done, total, name: seen.append(status("VmRSS")),
-)
-assert report.is_streamed
-print(json.dumps({"peak": status("VmHWM"), "weights": len(report.weights), "written": report.written_bytes}))
+try:
+    main()
+finally:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print("peak", int(line.split()[1]) * 1024, file=sys.stderr)
 """
 
 
 def measure(source: Path, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Quantize in a fresh process. Returns bytes, seconds and the ratio that is held against the limit."""
-    options = [arguments.method, arguments.spec, "head" if arguments.include_head else "", str(arguments.shard_bytes)]
+    """Run `ptqc quantize` in a process of its own. Returns bytes, seconds and the ratio to hold against the limit."""
+    options = ["--method", arguments.method, "--spec", arguments.spec, "--json"]
+    if arguments.include_head:
+        options += [word for pattern in ("*proj*", "lm_head", "embed_tokens") for word in ("--include", pattern)]
     began = time.perf_counter()
-    command = [sys.executable, "-c", QUANTIZE, str(source), str(out), *options]
+    command = [sys.executable, "-c", COMMAND, "quantize", str(source), "--out", str(out), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if run.returncode:
         raise SystemExit(run.stderr)
-    result = json.loads(run.stdout.splitlines()[-1])
+    peak = int(run.stderr.rpartition("peak ")[2])
     input_bytes = [file.stat().st_size for file in source.glob("*.safetensors")]
     output_bytes = sum(file.stat().st_size for file in out.iterdir())
     allowed = max(*input_bytes, output_bytes)
@@ -117,10 +109,9 @@ def measure(source: Path, out: Path, arguments: argparse.Namespace) -> dict[str,
         "input_bytes": sum(input_bytes),
         "largest_shard_bytes": max(input_bytes),
         "output_bytes": output_bytes,
-        "peak_bytes": result["peak"],
-        "ratio": result["peak"] / allowed,
+        "peak_bytes": peak,
+        "ratio": peak / allowed,
         "both_models_bytes": sum(input_bytes) + output_bytes,
-        "weights": result["weights"],
         "seconds": round(seconds, 1),
     }
 
@@ -139,7 +130,7 @@ def main() -> None:
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--spec", default="int4g64")
     parser.add_argument("--include-head", action="store_true", help="quantize embedding and output head as well")
-    parser.add_argument("--shard-bytes", type=float, default=1e9)
+    parser.add_argument("--shard-bytes", type=float, default=1e9, help="of the input's files where it is sharded")
     parser.add_argument("--variants", nargs="+", default=["sharded", "single"], choices=["sharded", "single"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
