@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures [--only causal/gpt2 ...] [--methods hqq,nf4] [--workers 2] [--json FILE]
 
-Each tiny model of `benchmarks/zoo` runs in a process of its own: compiled with quantization inside the backend, then
+Each tiny model of `benchmarks/zoo` is compiled with quantization inside the backend, then run
 eagerly with the very weights the backend made. Reported per model and method: relative error of the output, weights
 quantized, weights left in float with and without a reason. Linear-like weights are counted by watching eager execution,
 independently of the compiler's own analysis; those that a graph break puts between graphs are counted apart, since the
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOLERANCE = 1e-3
+INNER = "what compiles the lowered graph: Inductor, or nothing (ten times faster; checks our passes only)"
+CHUNK = 6  # architectures per process: importing transformers takes longer than building a tiny model
 
 
 def watch_products(model, inputs):
@@ -71,14 +74,17 @@ def with_weights(model, stored):
     return copy.deepcopy(model, memo)
 
 
-def check(key, methods):
+def check(key, methods, inner):
     """One row per method for one architecture."""
     import torch
 
+    import ptqc.backend
     from benchmarks.zoo import zoo
     from ptqc.backend import kept_weights, stored_weights
 
     torch.set_num_threads(1)
+    if inner == "eager":
+        ptqc.backend.compile_fx = lambda module, inputs, config_patches=None: module
     warnings = BreakWarnings()
     logging.getLogger("ptqc").addHandler(warnings)
     rows = []
@@ -114,18 +120,22 @@ def check(key, methods):
     return rows
 
 
-def run_apart(key, methods, timeout):
-    """`check` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.architectures", "--worker", key, "--methods", ",".join(methods)]
+def run_apart(keys, methods, timeout, inner):
+    """`check` for several architectures in one process of their own; those it did not finish once more, one by one."""
+    command = [sys.executable, "-m", "benchmarks.architectures", "--methods", ",".join(methods)]
+    command += ["--inner", inner, "--worker", *keys]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-        rows = [json.loads(line[4:]) for line in lines]
-        failure = done.stderr.strip().splitlines()[-1:] or ["no output"]
-    except subprocess.TimeoutExpired:
-        rows, failure = [], [f"more than {timeout} s"]
-    return rows or [{"arch": key, "method": method, "failure": failure[0]} for method in methods]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout * len(keys), env=environment)
+        output, failure = done.stdout, (done.stderr.strip().splitlines() or ["no output"])[-1]
+    except subprocess.TimeoutExpired as expired:
+        output, failure = (expired.stdout or b"").decode(), f"more than {timeout} s"
+    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    missing = [key for key in keys if sum(row["arch"] == key for row in rows) < len(methods)]
+    rows = [row for row in rows if row["arch"] not in missing]
+    if missing and len(keys) > 1:
+        return rows + [row for key in missing for row in run_apart([key], methods, timeout, inner)]
+    return rows + [{"arch": key, "method": method, "failure": failure} for key in missing for method in methods]
 
 
 def summarise(rows, methods):
@@ -171,24 +181,33 @@ def main():
     parser.add_argument("--methods", default="hqq,nf4")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--inner", choices=["inductor", "eager"], default="inductor", help=INNER)
+    parser.add_argument("--sample", type=int, help="only so many architectures, drawn at random (seed 0)")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker")
+    parser.add_argument("--worker", nargs="*", help="run these here and print rows (used by the benchmark itself)")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     if arguments.worker:
-        for row in check(arguments.worker, methods):
-            print("ROW " + json.dumps(row), flush=True)
+        for key in arguments.worker:
+            for row in check(key, methods, arguments.inner):
+                print("ROW " + json.dumps(row), flush=True)
         return
     names = (Path(__file__).parent / "zoo" / "zoo_open.txt").read_text().splitlines()
     keys = arguments.only or [line.split("\t")[0] for line in names if line.strip()]
+    if arguments.sample:
+        keys = random.Random(0).sample(keys, arguments.sample)
     journal = arguments.json.with_suffix(".jsonl") if arguments.json else None
     rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal and journal.exists() else []
     todo = [key for key in keys if key not in {row["arch"] for row in rows}]
+    chunks = [todo[at : at + CHUNK] for at in range(0, len(todo), CHUNK)]
+    finished = 0
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for done, new in enumerate(pool.map(lambda key: run_apart(key, methods, arguments.timeout), todo), 1):
+        for new in pool.map(lambda chunk: run_apart(chunk, methods, arguments.timeout, arguments.inner), chunks):
             rows += new
-            errors = ", ".join(row.get("failure", f"{row.get('rel', 0):.1e}")[:200] for row in new)
-            print(f"[{done}/{len(todo)}] {new[0]['arch']}: {errors}", flush=True)
+            finished += len({row["arch"] for row in new})
+            for row in new:
+                print(f"{row['arch']} {row['method']}: {row.get('failure', row.get('rel'))}"[:200], flush=True)
+            print(f"[{finished}/{len(todo)}]", flush=True)
             if journal:
                 with journal.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in new)
@@ -203,6 +222,7 @@ def main():
             "python": platform.python_version(),
         }
         result = {"summary": summary, "rows": rows, "versions": versions, "date": time.strftime("%Y-%m-%d")}
+        result["inner"] = arguments.inner
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
