@@ -54,7 +54,8 @@ def choose_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
     """
     groups = tiles(weight, spec)
     step = scale.unsqueeze(-1)
-    inverse = torch.where(step == 0, 0.0, 1.0 / step)
+    # The inverse of a denormal scale is infinite, and infinity times a weight of zero is NaN: such groups are zero.
+    inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1.0 / step)
     offset = 0.0 if zero is None else zero.unsqueeze(-1)
     level = (groups + offset) * inverse if spec.zero == "min" else groups * inverse + offset
     return untile(_nearest(level, spec), spec, weight.shape)
@@ -71,8 +72,11 @@ def _nearest(level: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def reconstruct(logical: storage.Codes, spec: WeightSpec) -> Tensor:
-    """The weight [..., out, in] float32 that codes, scales and zeros stand for."""
-    return storage.combine(storage.levels(logical.codes, spec), logical.scale, logical.zero, spec)
+    """The weight [..., out, in] float32 that codes, scales and zeros stand for once they are stored."""
+    scale, zero = storage.round_scale(logical.scale, spec), logical.zero
+    if zero is not None and spec.zero != "int":
+        zero = storage.round_scale(zero, spec, zero_minimum=True)
+    return storage.combine(storage.levels(logical.codes, spec), scale, zero, spec)
 
 
 def group_error(weight: Tensor, logical: storage.Codes, spec: WeightSpec) -> Tensor:

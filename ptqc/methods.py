@@ -84,7 +84,8 @@ def quantize_weight(
 
 def _check(weight: Tensor, name: str) -> None:
     if not weight.is_floating_point() or weight.ndim < 2:
-        raise WeightError(f'"{name}" is {weight.dtype} of shape {tuple(weight.shape)}; only float matrices are quantized')
+        shape = tuple(weight.shape)
+        raise WeightError(f'"{name}" is {weight.dtype} of shape {shape}; only float matrices are quantized')
     if weight.numel() == 0:
         raise WeightError(f'"{name}" has shape {tuple(weight.shape)}: nothing to quantize')
     # amax carries NaN and infinity through, one pass and no mask of the weight's size.
@@ -103,14 +104,15 @@ def hold_scales(spec: WeightSpec, magnitude: float, name: str) -> WeightSpec:
     magnitude: of the largest weight.
     """
     dtype = SCALE_DTYPES[spec.scale.dtype]
-    if dtype != torch.float16:
+    if dtype not in (torch.float16, torch.float8_e4m3fn):
         return spec
     largest = spec.book.largest if spec.book else 2 ** (spec.bits - 1) - 1 or 1
     scale = magnitude / largest
-    info = torch.finfo(torch.float16)
-    if scale == 0 or (info.tiny <= scale and 2 * scale <= info.max):
+    info = torch.finfo(dtype)
+    fits = info.tiny <= scale and 2 * scale <= info.max and (spec.zero != "min" or magnitude <= info.max)
+    if magnitude == 0 or fits:
         return spec
-    log.info('"%s": scales near %.1e do not fit float16, stored as float32', name, scale)
+    log.info('"%s": scales near %.1e do not fit %s, stored as float32', name, scale, spec.scale.dtype)
     return spec.with_scale_dtype("f32")
 
 

@@ -33,8 +33,9 @@ class Codes:
     """Logical form of a weight: what a method returns.
 
     codes: [..., out, in // vector] uint8 (float8 where the codebook is a float type).
-    scale: [..., out // rows, in // group] float32. zero: like scale, or None; in units of codes, except for
-    zero="min", where it is the minimum in units of the weight.
+    scale: [..., out // rows, in // group] float32, not yet rounded for storage: `encode` rounds once (rounding nested
+    scales twice moves them). zero: like scale, or None; in units of codes, except for zero="min", where it is the
+    minimum in units of the weight.
     """
 
     codes: Tensor
@@ -93,6 +94,14 @@ def _blocks(flat: Tensor, block: int) -> Tensor:
     return pad(flat, (0, -flat.numel() % block)).view(-1, block)
 
 
+def _dynamic_codes(values: Tensor) -> Tensor:
+    """Codes in the dynamic map of values in [-1, 1]."""
+    # bitsandbytes 0.50 looks codes up by the value rounded to one of 65536 points when it runs on a CPU; one scale in
+    # 500 gets another code than by the value itself (as on CUDA). We agree with it bit for bit.
+    points = ((values + 1) * 0.5 * 65535 + 0.5).floor()
+    return nearest_codes(points / 65535 * 2 - 1, dynamic_map().to(values.device))
+
+
 def _encode_scale(scale: Tensor, spec: ScaleSpec, name: str) -> Parts:
     dtype = SCALE_DTYPES[spec.dtype]
     if spec.bits is None or spec.block is None:
@@ -102,8 +111,7 @@ def _encode_scale(scale: Tensor, spec: ScaleSpec, name: str) -> Parts:
         offset = flat.mean()
         blocks = _blocks(flat - offset, spec.block)
         outer = blocks.abs().amax(-1)
-        levels = dynamic_map().to(scale.device)
-        codes = nearest_codes(blocks / outer.clamp_min(torch.finfo(torch.float32).tiny)[:, None], levels)
+        codes = _dynamic_codes(blocks * (1 / outer.clamp_min(torch.finfo(torch.float32).tiny))[:, None])
         parts = {f"{name}_outer": outer, f"{name}_offset": offset}
     else:
         blocks = _blocks(flat, spec.block)

@@ -16,7 +16,7 @@ from ptqc import grid, storage
 from ptqc.methods import METHODS, whole_row
 from ptqc.spec import WeightSpec, Zero
 
-__all__ = ["RoundToNearest"]
+__all__ = ["RoundToNearest", "affine_range", "round_to_nearest", "symmetric_scales"]
 
 
 @METHODS.register("rtn")
@@ -35,15 +35,22 @@ class RoundToNearest:
 
     def refuses(self, spec: WeightSpec) -> str | None:
         """Only lattice codebooks: they have no nearest level per weight."""
-        return None if spec.vector == 1 else f"rtn rounds single weights, not the vectors of {spec}"
+        if spec.vector == 1:
+            return None
+        return f"rtn rounds single weights, not the vectors of {spec}; use a spec such as {self.spec()}"
 
     def choose(self, weight: Tensor, spec: WeightSpec, statistics: Mapping[str, Tensor]) -> storage.Codes:
         """See `ptqc.methods.Method`."""
-        if not spec.is_symmetric:
-            scale, zero = affine_range(weight, spec)
-            return storage.Codes(grid.choose_codes(weight, scale, zero, spec), scale, zero)
-        candidates = [at_scale(weight, scale, spec) for scale in symmetric_scales(weight, spec)]
-        return least_error(weight, candidates, spec)
+        return round_to_nearest(weight, spec)
+
+
+def round_to_nearest(weight: Tensor, spec: WeightSpec) -> storage.Codes:
+    """Codes, scales and zeros of a weight [..., out, in] float32 from the range of its groups."""
+    if not spec.is_symmetric:
+        scale, zero = affine_range(weight, spec)
+        return storage.Codes(grid.choose_codes(weight, scale, zero, spec), scale, zero)
+    candidates = [at_scale(weight, scale, spec) for scale in symmetric_scales(weight, spec)]
+    return least_error(weight, candidates, spec)
 
 
 def symmetric_scales(weight: Tensor, spec: WeightSpec) -> list[Tensor]:
@@ -72,7 +79,8 @@ def affine_range(weight: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     """
     low, high = grid.extremes(weight, spec)
     low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = storage.round_scale((high - low) / (2**spec.bits - 1), spec)
+    # Halved, because the range of a float32 group may itself be more than float32 holds.
+    scale = storage.round_scale((high / 2 - low / 2) / ((2**spec.bits - 1) / 2), spec)
     if spec.zero == "min":
         return scale, storage.round_scale(-low, spec, zero_minimum=True)
     zero = torch.where(scale == 0, 0.0, -low / scale)
@@ -82,9 +90,13 @@ def affine_range(weight: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
 
 
 def at_scale(weight: Tensor, scale: Tensor, spec: WeightSpec) -> storage.Codes:
-    """The nearest codes for given scales, rounded as they will be stored."""
-    stored = storage.round_scale(scale, spec)
-    return storage.Codes(grid.choose_codes(weight, stored, None, spec), stored)
+    """The nearest codes for given scales, rounded as they will be stored.
+
+    Doubly quantized scales are the exception: QLoRA chooses codes before it quantizes the scales, and whoever reads
+    its checkpoints expects these codes.
+    """
+    stored = scale if spec.scale.dynamic else storage.round_scale(scale, spec)
+    return storage.Codes(grid.choose_codes(weight, stored, None, spec), scale)
 
 
 def least_error(weight: Tensor, candidates: list[storage.Codes], spec: WeightSpec) -> storage.Codes:
