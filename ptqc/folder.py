@@ -98,10 +98,10 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face model") from None
+    except CheckpointError:
+        raise
     except OSError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(
-            f"cannot read {path}: {error.strerror}; give a readable file"
-        ) from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a readable file") from None
     except (ValueError, RecursionError) as error:
         fault = str(error) or type(error).__name__
         raise CheckpointError(f"{path} is no valid JSON ({fault}); download or save it again") from None
