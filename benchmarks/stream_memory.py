@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ptqc.shards import Append, Block, assign_shards, write_shards
+from ptqc.folders.shards import Append, Block, assign_shards, write_shards
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, HEADS, KEY_VALUE_HEADS = 2048, 8192, 16, 128256, 32, 8
 CONFIG = {
@@ -119,7 +119,7 @@ def measure(source: Path, out: Path, arguments: argparse.Namespace) -> dict[str,
 def baseline() -> int:
     """Peak of a process that only imports what is needed."""
     code = (
-        "import ptqc.stream, transformers\nfrom transformers import LlamaForCausalLM\n"
+        "import ptqc.folders.stream, transformers\nfrom transformers import LlamaForCausalLM\n"
         "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024

@@ -16,11 +16,11 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from ptqc.api import quantize
-    from ptqc.checkpoint import load, save
     from ptqc.codegen.exporters import export
     from ptqc.errors import PtqcError
-    from ptqc.flatten import flatten_state_dict, unflatten_state_dict
-    from ptqc.hf import PtqcConfig
+    from ptqc.folders.checkpoint import load, save
+    from ptqc.folders.flatten import flatten_state_dict, unflatten_state_dict
+    from ptqc.folders.hf import PtqcConfig
     from ptqc.qtensor import QuantTensor
     from ptqc.sites import inventory
     from ptqc.spec import ActSpec, WeightSpec
@@ -44,17 +44,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActSpec": "ptqc.spec",
-    "PtqcConfig": "ptqc.hf",
+    "PtqcConfig": "ptqc.folders.hf",
     "PtqcError": "ptqc.errors",
     "QuantTensor": "ptqc.qtensor",
     "WeightSpec": "ptqc.spec",
     "export": "ptqc.codegen.exporters",
-    "flatten_state_dict": "ptqc.flatten",
+    "flatten_state_dict": "ptqc.folders.flatten",
     "inventory": "ptqc.sites",
-    "load": "ptqc.checkpoint",
+    "load": "ptqc.folders.checkpoint",
     "quantize": "ptqc.api",
-    "save": "ptqc.checkpoint",
-    "unflatten_state_dict": "ptqc.flatten",
+    "save": "ptqc.folders.checkpoint",
+    "unflatten_state_dict": "ptqc.folders.flatten",
 }
 
 
@@ -70,7 +70,7 @@ def __dir__() -> list[str]:
 
 
 def _register_with_transformers(_: ModuleType) -> None:
-    import_module("ptqc.hf")
+    import_module("ptqc.folders.hf")
 
 
 # transformers learns of our quantizer when it is imported, before or after ptqc.

@@ -68,7 +68,7 @@ def quantize(
     for (site, _), weight in zip(work, quantized, strict=True):
         site.replace(weight)
     if hasattr(model, "save_pretrained"):
-        from ptqc.hf import attach  # here: plain modules need no transformers
+        from ptqc.folders.hf import attach  # here: plain modules need no transformers
 
         attach(model)
     _report(work, quantized, skipped, progress)

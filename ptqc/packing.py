@@ -55,15 +55,18 @@ def unpack_linear(packed: Tensor, bits: int, n: int) -> Tensor:
 def pack_base3(codes: Tensor, bits: int) -> Tensor:
     """Pack ternary digits, five to a byte, first digit least significant. codes: [..., n] uint8 in 0..2."""
     fives = pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5))
-    packed: Tensor = (fives * torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (fives * _places(codes)).sum(-1, dtype=torch.uint8)
     return packed
 
 
 def unpack_base3(packed: Tensor, bits: int, n: int) -> Tensor:
     """Invert `pack_base3`. packed: [..., ceil(n / 5)] uint8. Returns [..., n] uint8."""
-    places = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
-    codes: Tensor = (packed.unsqueeze(-1) // places % 3).flatten(-2)[..., :n]
+    codes: Tensor = (packed.unsqueeze(-1) // _places(packed) % 3).flatten(-2)[..., :n]
     return codes
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=like.device)
 
 
 def _as_is(codes: Tensor, bits: int) -> Tensor:

@@ -184,7 +184,7 @@ def select_sites(
     include: Iterable[str] | None,
     exclude: Iterable[str] | None,
 ) -> tuple[list[Site], list[Skipped]]:
-    """Apply the user's patterns. include: only these, the output head and embeddings too if named; exclude: not these."""
+    """Apply the user's patterns. include: only these, also the head and embeddings if named; exclude: not these."""
     chosen, left = list(sites), list(skipped)
     if include is not None:
         wanted = list(include)

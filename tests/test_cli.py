@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ptqc.checkpoint import load
 from ptqc.cli import _output, main
 from ptqc.cli._options import read_options
 from ptqc.errors import PtqcError
+from ptqc.folders.checkpoint import load
 from ptqc.methods import METHODS
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.qtensor import QuantTensor
@@ -199,7 +199,7 @@ def test_an_interrupt_is_130_and_leaves_nothing(run, tiny, tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptqc.shards.TensorWriter.append", interrupt)
+    monkeypatch.setattr("ptqc.folders.shards.TensorWriter.append", interrupt)
     code, out, err = run("quantize", tiny, "--out", tmp_path / "out", *words)
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "ptqc: interrupted"
@@ -280,7 +280,7 @@ def test_a_method_that_needs_data_says_so(run, tiny, tmp_path, monkeypatch):
 
 
 def test_inspect_lists_sites_and_totals(run, run_json, quantized, monkeypatch):
-    monkeypatch.setattr("ptqc.safefile.TensorEntry.pieces", None)  # headers only: no tensor may be read
+    monkeypatch.setattr("ptqc.folders.safefile.TensorEntry.pieces", None)  # headers only: no tensor may be read
     document = run_json("inspect", quantized)
     rows = {row["name"]: row for row in document["tensors"]}
     up = rows["model.layers.0.mlp.up_proj.weight"]

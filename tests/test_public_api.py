@@ -27,7 +27,7 @@ def test_import_is_cheap():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("order", ["import ptqc, transformers", "import transformers, ptqc", "import ptqc.hf"])
+@pytest.mark.parametrize("order", ["import ptqc, transformers", "import transformers, ptqc", "import ptqc.folders.hf"])
 def test_transformers_learns_of_the_quantizer(order):
     done = run(
         f"{order}\nimport ptqc\nfrom transformers.quantizers import auto\n"

@@ -48,7 +48,7 @@ def load_model(
     """
     import torch
 
-    from ptqc.checkpoint import load
+    from ptqc.folders.checkpoint import load
 
     place = pick_device(device)
     if dtype is not None and dtype not in ("auto", *_DTYPES):
@@ -67,7 +67,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from ptqc.folder import local_folder
+    from ptqc.folders.folder import local_folder
 
     folder = local_folder(source)
     try:

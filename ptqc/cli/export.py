@@ -32,7 +32,7 @@ def export(
     """Write a model to a file of another format."""
     from ptqc.codegen.exporters import EXPORTERS
     from ptqc.codegen.exporters import export as write
-    from ptqc.folder import local_folder
+    from ptqc.folders.folder import local_folder
 
     if format not in EXPORTERS.names():
         raise PtqcError(f"no format is called {format!r}; known: {', '.join(EXPORTERS.names())}")

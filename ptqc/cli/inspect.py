@@ -13,8 +13,8 @@ import typer
 from ptqc.cli._output import Json, emit, printable, show_table, table
 
 if TYPE_CHECKING:
-    from ptqc.manifest import Manifest
-    from ptqc.safefile import Layout
+    from ptqc.folders.manifest import Manifest
+    from ptqc.folders.safefile import Layout
 
 __all__ = ["inspect"]
 
@@ -56,10 +56,10 @@ def inspect(model: Checkpoint, is_all: All = False, is_json: Json = False) -> No
 
 def _read(model: str) -> tuple[Layout, Manifest, str | None]:
     """Layout and manifest of a folder or file, and the name of the foreign program that quantized it."""
-    from ptqc.checkpoint import manifest_in
-    from ptqc.folder import open_folder
-    from ptqc.manifest import METHOD, Manifest
-    from ptqc.safefile import read_safefile
+    from ptqc.folders.checkpoint import manifest_in
+    from ptqc.folders.folder import open_folder
+    from ptqc.folders.manifest import METHOD, Manifest
+    from ptqc.folders.safefile import read_safefile
 
     if Path(model).is_file():
         entries = read_safefile(model).entries

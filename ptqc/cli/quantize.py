@@ -17,7 +17,7 @@ from ptqc.cli._output import Json, emit, note, progress
 from ptqc.errors import PtqcError
 
 if TYPE_CHECKING:
-    from ptqc.manifest import StoredWeight
+    from ptqc.folders.manifest import StoredWeight
     from ptqc.recipe import Recipe
     from ptqc.sites import Skipped
 
@@ -87,7 +87,7 @@ def _stream(
     overwrite: bool,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    from ptqc.stream import quantize_folder
+    from ptqc.folders.stream import quantize_folder
 
     with progress("quantizing", "bytes") as advance:
         report = quantize_folder(
@@ -101,11 +101,11 @@ def _in_memory(
     model: str, out: Path, options: dict[str, Any], overwrite: bool, device: str, trust_remote_code: bool
 ) -> dict[str, Any]:
     from ptqc.api import quantize as quantize_model
-    from ptqc.checkpoint import save
-    from ptqc.folder import open_folder
-    from ptqc.manifest import manifest_of
-    from ptqc.safefile import layout_bytes
-    from ptqc.staging import refuse_target
+    from ptqc.folders.checkpoint import save
+    from ptqc.folders.folder import open_folder
+    from ptqc.folders.manifest import manifest_of
+    from ptqc.folders.safefile import layout_bytes
+    from ptqc.folders.staging import refuse_target
 
     refuse_target(out.resolve(), overwrite)
     tokenizer = load_tokenizer(model, trust_remote_code)

@@ -22,20 +22,20 @@ from typing import Any
 import torch
 
 from ptqc import storage
-from ptqc.architecture import build_empty, planned_dtype
 from ptqc.assign import assign, quantize_site
-from ptqc.checkpoint import load, save, write_folder
 from ptqc.errors import CheckpointError, PtqcError, SpecError, WeightError
-from ptqc.folder import ModelFolder, copy_companions, open_folder
-from ptqc.manifest import FLOAT_DTYPES, Manifest, StoredWeight, manifest_of
+from ptqc.folders.architecture import build_empty, planned_dtype
+from ptqc.folders.checkpoint import load, save, write_folder
+from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
+from ptqc.folders.manifest import FLOAT_DTYPES, Manifest, StoredWeight, manifest_of
+from ptqc.folders.safefile import TensorEntry
+from ptqc.folders.shards import Append, Block
+from ptqc.folders.sources import Sources, direct_sources
+from ptqc.folders.staging import refuse_target, staged
 from ptqc.methods import Method, hold_scales, quantize_weight, rows_at_once
 from ptqc.recipe import Recipe, Rule, fitted_spec
-from ptqc.safefile import TensorEntry
-from ptqc.shards import Append, Block
 from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
-from ptqc.sources import Sources, direct_sources
 from ptqc.spec import WeightSpec
-from ptqc.staging import refuse_target, staged
 
 __all__ = ["OnProgress", "StreamReport", "quantize_folder"]
 

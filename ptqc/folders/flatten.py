@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ptqc.errors import CheckpointError
-from ptqc.manifest import Manifest, manifest_of
+from ptqc.folders.manifest import Manifest, manifest_of
+from ptqc.folders.safefile import DTYPES
 from ptqc.qtensor import QuantTensor
-from ptqc.safefile import DTYPES
 
 __all__ = ["flatten_state_dict", "parts_of", "unflatten_state_dict", "untied"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ptqc.errors import CheckpointError
-from ptqc.folder import ModelFolder
+from ptqc.folders.folder import ModelFolder
 
 __all__ = ["architecture_of", "build_empty", "cannot_build", "planned_dtype"]
 

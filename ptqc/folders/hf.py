@@ -18,14 +18,14 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptqc.architecture import planned_dtype
 from ptqc.assign import assign, quantize_site
 from ptqc.errors import CheckpointError, PtqcError
-from ptqc.flatten import parts_of, untied
-from ptqc.manifest import METHOD, Manifest, StoredWeight, manifest_of
+from ptqc.folders.architecture import planned_dtype
+from ptqc.folders.flatten import parts_of, untied
+from ptqc.folders.manifest import METHOD, Manifest, StoredWeight, manifest_of
+from ptqc.folders.safefile import read_safefile
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import make_rule
-from ptqc.safefile import read_safefile
 from ptqc.sites import find_sites, select_sites
 
 __all__ = ["PtqcConfig", "PtqcQuantizer", "attach"]
@@ -59,7 +59,7 @@ class PtqcConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.stored = {"quant_method": METHOD} | stored
 
     def to_dict(self) -> dict[str, Any]:
-        """The manifest of the model (`ptqc.manifest`)."""
+        """The manifest of the model (`ptqc.folders.manifest`)."""
         return dict(self.stored)
 
 

@@ -1,7 +1,7 @@
 """Saving a quantized model as a Hugging Face folder, and loading it: the same bits, tied weights tied.
 
 The folder holds what `save_pretrained` would write, except that a quantized weight is stored as its parts and that
-config.json says so (`ptqc.manifest`). Tensors have the names of the model's own parameters.
+config.json says so (`ptqc.folders.manifest`). Tensors have the names of the model's own parameters.
 """
 
 import copy
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqc.architecture import architecture_of, cannot_build
 from ptqc.errors import CheckpointError, PtqcError
-from ptqc.flatten import parts_of, untied
-from ptqc.folder import ModelFolder, copy_companions, open_folder
-from ptqc.manifest import METHOD, Manifest, manifest_of
+from ptqc.folders.architecture import architecture_of, cannot_build
+from ptqc.folders.flatten import parts_of, untied
+from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
+from ptqc.folders.manifest import METHOD, Manifest, manifest_of
+from ptqc.folders.shards import Append, Block, assign_shards, write_shards, written_bytes
+from ptqc.folders.skeleton import fill_skeleton
+from ptqc.folders.staging import require_space, staged
 from ptqc.qtensor import QuantTensor
-from ptqc.shards import Append, Block, assign_shards, write_shards, written_bytes
-from ptqc.skeleton import fill_skeleton
-from ptqc.staging import require_space, staged
 
 __all__ = ["load", "manifest_in", "save", "write_folder"]
 
@@ -171,7 +171,7 @@ def manifest_in(stored: ModelFolder) -> Manifest:
 
 
 def _built(stored: ModelFolder, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
-    """Let transformers build the model; its quantizer is ours (`ptqc.hf`)."""
+    """Let transformers build the model; its quantizer is ours (`ptqc.folders.hf`)."""
     architecture = architecture_of(stored, trust_remote_code)
     options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ptqc import quantize
-from ptqc.checkpoint import load, save
 from ptqc.errors import CheckpointError, PtqcError, SpecError, WeightError
+from ptqc.folders.checkpoint import load, save
+from ptqc.folders.shards import TensorWriter
+from ptqc.folders.stream import quantize_folder
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.recipe import make_rule
-from ptqc.shards import TensorWriter
 from ptqc.spec import WeightSpec
-from ptqc.stream import quantize_folder
 from tests.tiny import logits, tiny
 
 RTN = RoundToNearest()

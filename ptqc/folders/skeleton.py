@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ptqc.errors import CheckpointError
-from ptqc.folder import ModelFolder
-from ptqc.manifest import Manifest
+from ptqc.folders.folder import ModelFolder
+from ptqc.folders.manifest import Manifest
 from ptqc.qtensor import QuantTensor
 
 __all__ = ["fill_skeleton"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ptqc.errors import CheckpointError
-from ptqc.safefile import DTYPES, parse_header, read_safefile
-from ptqc.shards import TensorWriter
+from ptqc.folders.safefile import DTYPES, parse_header, read_safefile
+from ptqc.folders.shards import TensorWriter
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptqc.errors import CheckpointError
-from ptqc.manifest import Manifest, StoredWeight, manifest_of
+from ptqc.folders.manifest import Manifest, StoredWeight, manifest_of
 from ptqc.methods import quantize_weight
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.spec import WeightSpec

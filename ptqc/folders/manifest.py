@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ptqc import storage
 from ptqc.errors import CheckpointError, SpecError
+from ptqc.folders.safefile import Layout
 from ptqc.qtensor import QuantTensor
-from ptqc.safefile import Layout
 from ptqc.spec import WeightSpec
 
 __all__ = ["FLOAT_DTYPES", "METHOD", "Manifest", "StoredWeight", "manifest_of"]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ptqc.checkpoint import load, save
 from ptqc.errors import CheckpointError
+from ptqc.folders.checkpoint import load, save
 from ptqc.methods import quantize_weight
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.qtensor import QuantTensor

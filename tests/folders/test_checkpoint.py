@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptqc import quantize
-from ptqc.checkpoint import load, save
 from ptqc.errors import CheckpointError
+from ptqc.folders.checkpoint import load, save
+from ptqc.folders.shards import TensorWriter
 from ptqc.qtensor import QuantTensor
-from ptqc.shards import TensorWriter
 from tests.tiny import IDS, MODELS, logits, tiny
 
 
@@ -227,7 +227,7 @@ def test_a_disk_too_small_is_noticed_before_writing(tmp_path, monkeypatch):
 
 def test_a_file_size_limit_of_the_system_leaves_nothing(tmp_path):
     code = (
-        "import sys, torch; from torch import nn; from ptqc.checkpoint import save\n"
+        "import sys, torch; from torch import nn; from ptqc.folders.checkpoint import save\n"
         "from ptqc.errors import CheckpointError\n"
         "try: save(nn.Linear(512, 512), sys.argv[1])\n"
         "except CheckpointError as error: print(error)"

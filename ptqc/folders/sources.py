@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ptqc.errors import CheckpointError
-from ptqc.folder import ModelFolder
-from ptqc.safefile import TensorEntry
+from ptqc.folders.folder import ModelFolder
+from ptqc.folders.safefile import TensorEntry
 
 __all__ = ["Sources", "direct_sources"]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptqc.architecture import architecture_of, build_empty, planned_dtype
 from ptqc.errors import CheckpointError
-from ptqc.folder import open_folder
+from ptqc.folders.architecture import architecture_of, build_empty, planned_dtype
+from ptqc.folders.folder import open_folder
 from tests.tiny import tiny
 
 CODE = """

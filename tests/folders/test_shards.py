@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptqc.safefile import read_safefile
-from ptqc.shards import INDEX_NAME, Block, TensorWriter, assign_shards, write_shards, written_bytes
+from ptqc.folders.safefile import read_safefile
+from ptqc.folders.shards import INDEX_NAME, Block, TensorWriter, assign_shards, write_shards, written_bytes
 
 
 def block(name: str, *tensors: torch.Tensor) -> Block:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptqc.errors import CheckpointError
-from ptqc.safefile import Layout, TensorEntry, read_safefile
-from ptqc.shards import INDEX_NAME, SINGLE_NAME
+from ptqc.folders.safefile import Layout, TensorEntry, read_safefile
+from ptqc.folders.shards import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["ModelFolder", "copy_companions", "local_folder", "open_folder", "read_json"]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ptqc.errors import CheckpointError
-from ptqc.staging import require_space, staged
+from ptqc.folders.staging import require_space, staged
 
 
 def contents(folder):
@@ -89,7 +89,7 @@ def test_a_failed_overwrite_keeps_the_old_model(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from ptqc.staging import staged
+from ptqc.folders.staging import staged
 with staged(sys.argv[1]) as staging:
     (staging / "half").write_text("x")
     if len(sys.argv) > 2:

@@ -3,10 +3,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ptqc.architecture import build_empty
 from ptqc.errors import CheckpointError
-from ptqc.folder import open_folder
-from ptqc.sources import direct_sources
+from ptqc.folders.architecture import build_empty
+from ptqc.folders.folder import open_folder
+from ptqc.folders.sources import direct_sources
 from tests.tiny import tiny
 
 

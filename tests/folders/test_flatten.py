@@ -4,7 +4,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ptqc.errors import CheckpointError
-from ptqc.flatten import flatten_state_dict, unflatten_state_dict, untied
+from ptqc.folders.flatten import flatten_state_dict, unflatten_state_dict, untied
 from ptqc.methods import quantize_weight
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.qtensor import QuantTensor

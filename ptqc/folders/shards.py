@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqc.safefile import DTYPES, Layout, layout_bytes
+from ptqc.folders.safefile import DTYPES, Layout, layout_bytes
 
 __all__ = [
     "INDEX_NAME",

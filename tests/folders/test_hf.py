@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ptqc import PtqcConfig, quantize
-from ptqc.checkpoint import load, save
 from ptqc.errors import CheckpointError, PtqcError
+from ptqc.folders.checkpoint import load, save
 from ptqc.qtensor import QuantTensor
 from tests.tiny import IDS, MODELS, logits, tiny
 

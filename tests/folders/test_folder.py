@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptqc.errors import CheckpointError
-from ptqc.folder import copy_companions, local_folder, open_folder, read_json
+from ptqc.folders.folder import copy_companions, local_folder, open_folder, read_json
 
 
 @pytest.fixture
