@@ -3,7 +3,7 @@
 A weight operand is a node whose value derives only from parameters, through views, casts, slices, gathers or
 arithmetic among parameters. Rules, in this order, for each parameter of two or more dimensions:
 
-1. read by a contraction (linear, matmul, bmm, addmm, einsum, grouped_mm): a weight, unless
+1. read by a contraction (linear, matmul, bmm, addmm, einsum, grouped_mm, attention): a weight, unless
 2. an embedding reads it, as well or only: kept, or
 3. the contraction's result is ranked by topk through softmax, sigmoid or casts (a router): kept, or
 4. it is no matrix of at least 16 weights.
@@ -33,6 +33,8 @@ _CONTRACTIONS: dict[str, dict[int, int]] = {
     "grouped_mm": {1: -2},
     "_grouped_mm": {1: -2},
     "grouped_mm_fallback": {1: -2},
+    "multi_head_attention_forward": {5: -1, 11: -1},
+    "_native_multi_head_attention": {5: -1, 7: -1},
 }
 _RANKING = frozenset({"topk", "sort", "argsort"})
 _TO_RANKING = frozenset(

@@ -70,3 +70,20 @@ def test_kept(number):
 def test_positions_and_norms_are_not_spoken_of():
     assert uses((5, 64), lambda x, w: x + w, X) == []
     assert uses((5, 64), lambda x, w: F.linear(x, torch.ones(8, 64)) * w.sum(), X) == []
+
+
+def test_the_projections_of_multi_head_attention_are_weights():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    (graph,) = capture(Attends().eval(), {"x": X})
+    found = weight_uses(graph.module.graph, graph.parameters)
+    assert sorted((tuple(use.parameter.shape), use.reason, use.input_axis) for use in found) == [
+        ((64, 64), None, -1),
+        ((192, 64), None, -1),
+    ]
