@@ -174,7 +174,10 @@ def reload_all(demo: Demo) -> None:
 
 def options_of(candidate: Candidate) -> dict[str, Any]:
     """A candidate as options of the backend."""
-    options = {"bits": candidate.bits, "group_size": candidate.group_size, "spec": candidate.spec}
+    bits = candidate.bits
+    if bits is not None and bits == int(bits):
+        bits = int(bits)
+    options = {"bits": bits, "group_size": candidate.group_size, "spec": candidate.spec}
     return {"method": candidate.method} | {name: value for name, value in options.items() if value is not None}
 
 
@@ -233,10 +236,11 @@ def generate(demo: Demo, candidate: Candidate) -> None:
 
 def result_table(demo: Demo, comparison: Comparison) -> Table:
     """The rows of the comparison, with the size of each saved folder and the seconds that quantizing took."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    explained = "bits: of a weight, scales included  MB: the saved folder  KL: nats per token from the float model"
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{explained}  top-1: same most likely token  s: quantizing")
     for head in ("method", "format"):
         table.add_column(head, no_wrap=True)
-    for head in ("bits/weight", "MB", "perplexity", "KL, nats", "same top", "s"):
+    for head in ("bits", "MB", "perplexity", "KL", "top-1", "s"):
         table.add_column(head, justify="right", no_wrap=True)
     float_bytes = (REFERENCE / "model.safetensors").stat().st_size
     baseline = comparison.baseline

@@ -41,7 +41,7 @@ DARK = Theme(
     "#15181d", "#e6e8eb", "#9aa3ad", "#2b3037",
     ("#6cb0ff", "#ff9a62", "#4fd1a1", "#b79bff", "#f48cc0", "#e0c04f", "#a9b7c9"),
 )  # fmt: skip
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vhp"
 
 
 def draw(comparison: Comparison, theme: Theme = LIGHT, *, has_heading: bool = True) -> Any:
