@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --quiet --n
 .PHONY: demo test test-fast lint peers wheel clean
 
 demo: $(VENV)/.installed-all
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/.installed-test
 	$(PYTEST) --durations 15

@@ -58,7 +58,7 @@ def quantize(
     unchanged then.
     """
     rules = _rules(method, recipe, {"bits": bits, "group_size": group_size, "spec": spec, "options": options or None})
-    batch = None if calibration is None else batches(calibration, tokenizer)[0]
+    batch = None if calibration is None else batches(calibration, tokenizer, limit=1)[0]
     sites, skipped = select_sites(*find_sites(model, batch), model, include, exclude)
     work, left = assign(sites, rules)
     skipped += left
