@@ -48,6 +48,7 @@ class _Options:
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None) -> "_Options":
+        """Check what the user passed. Raises: PtqcError naming the options there are."""
         given = dict(options or {})
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
         common = {"free": bool(given.get("free", False)), "inductor": given.get("inductor", {})}

@@ -102,6 +102,8 @@ def hold_scales(spec: WeightSpec, magnitude: float, name: str) -> WeightSpec:
     """The spec with float32 scales if its own scale type would overflow or lose all precision.
 
     magnitude: of the largest weight.
+
+    Raises: SpecError if these scales are themselves quantized: such formats have no float32 variant.
     """
     dtype = SCALE_DTYPES[spec.scale.dtype]
     if dtype not in (torch.float16, torch.float8_e4m3fn):
@@ -112,6 +114,11 @@ def hold_scales(spec: WeightSpec, magnitude: float, name: str) -> WeightSpec:
     fits = info.tiny <= scale and 2 * scale <= info.max and (spec.zero != "min" or magnitude <= info.max)
     if magnitude == 0 or fits:
         return spec
+    if spec.scale.bits is not None:
+        raise SpecError(
+            f'"{name}": the {spec.scale.dtype} scales of {spec} do not hold weights near {magnitude:.1e}; '
+            f"use plain scales, such as int{spec.bits}g{spec.group}"
+        )
     log.info('"%s": scales near %.1e do not fit %s, stored as float32', name, scale, spec.scale.dtype)
     return spec.with_scale_dtype("f32")
 
@@ -125,7 +132,7 @@ def rows_at_once(method: Method, spec: WeightSpec, in_features: int) -> int | No
 def _choose(matrix: Tensor, method: Method, spec: WeightSpec, statistics: Mapping[str, Tensor]) -> storage.Codes:
     step = rows_at_once(method, spec, matrix.shape[-1])
     if step is None or matrix.numel() <= _WEIGHTS_AT_ONCE:
-        return method.choose(matrix.float(), spec, statistics)
+        return method.choose(matrix.float().contiguous(), spec, statistics)
     flat = matrix.reshape(-1, matrix.shape[-1])
     pieces = [method.choose(rows.float(), spec, statistics) for rows in flat.split(step)]
     lead = matrix.shape[:-1]

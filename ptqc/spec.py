@@ -180,9 +180,12 @@ class WeightSpec:
 
         Rules: 1. a group no smaller than the row becomes the whole row; 2. otherwise the largest divisor of
         in_features between a quarter of the group (at least 8) and the group; 3. otherwise the whole row.
+        Superblocks (quantized scales) have one group only and stay as they are.
         """
         in_features = shape[-1]
-        if self.group is None or self.is_block or (in_features % self.group == 0 and self.group < in_features):
+        if self.group is None or self.is_block or (self.scale.bits is not None and not self.scale.dynamic):
+            return self
+        if in_features % self.group == 0 and self.group < in_features:
             return self
         if self.group >= in_features:
             return replace(self, group=None)

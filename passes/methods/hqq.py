@@ -54,7 +54,7 @@ class HalfQuadratic:
     zero: Zero = "float"
     norm: float = 2.0
     weighted: bool = True
-    iterations: int = 20
+    iterations: int = 5
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -94,20 +94,33 @@ class HalfQuadratic:
     def _solve(self, groups: Tensor, spec: WeightSpec) -> storage.Codes:
         """Solve groups [n, group] whose rows have one scale each."""
         chunk = Chunk(groups, spec, self.norm, self.weighted)
-        best = self._alternate(chunk, _start(chunk))
+        best = self._least_squares(chunk) if self.norm == 2 else self._split(chunk)
         for scale, zero in _round_to_nearest(groups, spec):
             best = best.or_better(chunk.judge(*chunk.from_stored(scale, zero)))
         stored, stored_zero = chunk.to_stored(best.scale, best.zero)
         return storage.Codes(grid.choose_codes(groups, stored, stored_zero, spec), stored, stored_zero)
 
-    def _alternate(self, chunk: Chunk, start: Fit) -> Fit:
-        """Codes for a fit, a fit for codes, while it helps. A group that has got worse stays where it was best."""
+    def _least_squares(self, chunk: Chunk) -> Fit:
+        """Codes for a fit, a fit for codes, until no group improves: with norm 2 there is nothing to set aside."""
+        best = _start(chunk)
+        for _ in range(self.iterations):
+            trial = chunk.fit(best.scale, best.zero)
+            if not (trial.error < best.error).any():
+                break
+            best = best.or_better(trial)
+        return chunk.judge(best.scale, best.zero)
+
+    def _split(self, chunk: Chunk) -> Fit:
+        """Half-quadratic splitting; a group that has got worse stays where it was best."""
+        start = _start(chunk)
         best = chunk.judge(start.scale, start.zero)
         improved = torch.ones_like(best.error, dtype=torch.bool)
         for iteration in range(self.iterations):
-            trial = chunk.fit(best, None if self.norm == 2 else _BETA * _KAPPA**iteration).where(improved, best)
+            trial = chunk.fit_without_outliers(best, _BETA * _KAPPA**iteration)
+            improved = improved & (trial.error < torch.inf)
+            trial = trial.where(improved, best)
             judged = chunk.judge(trial.scale, trial.zero)
-            improved &= judged.error < best.error
+            improved = improved & (judged.error < best.error)
             if not improved.any():
                 break
             best = judged.where(improved, best)
@@ -124,35 +137,30 @@ _MOVES = ((0.4, 0.0), (-0.4, 0.0), (0.0, 0.4), (0.0, -0.4), (0.2, 0.2), (-0.2, -
 
 def _start(chunk: Chunk) -> Fit:
     """The best of a dozen least-squares fits, each to the codes of another range."""
+    found = Fit(*_range(chunk, 0.0), torch.full_like(chunk.low, torch.inf))
     longer = range(1, max(1, chunk.group // 64).bit_length())  # long groups have long tails: also halve, quarter, ...
-    found = _range(chunk, 0.0)
     for inwards in (*_RANGES, *(chunk.top * (2**halvings - 1) / 2 for halvings in longer)):
-        trial = _range(chunk, inwards)
-        chunk.choose(trial.scale, trial.zero)
-        found = found.or_better(chunk.fit(trial))
+        found = found.or_better(chunk.fit(*_range(chunk, inwards)))
     for lower, upper in _MOVES:
-        trial = _moved(chunk, found, lower, upper)
-        chunk.choose(trial.scale, trial.zero)
-        found = found.or_better(chunk.fit(trial))
+        found = found.or_better(chunk.fit(*_moved(chunk, found, lower, upper)))
     return found
 
 
-def _range(chunk: Chunk, inwards: float) -> Fit:
-    """The range of every group, each end `inwards` steps nearer to the middle; no error known yet."""
-    unknown = torch.full_like(chunk.low, torch.inf)
+def _range(chunk: Chunk, inwards: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero that spread the levels over the range of every group, each end `inwards` steps nearer."""
     if chunk.fixed_zero is None:
         scale = ((chunk.high - chunk.low) / (chunk.top + 2 * inwards)).clamp_min_(torch.finfo(torch.float32).tiny)
-        return Fit(scale, -inwards - chunk.low / scale, unknown)
+        return scale, -inwards - chunk.low / scale
     # There is one level more below zero than above: the larger end goes there.
     largest = torch.where(-chunk.low >= chunk.high, -chunk.low, -chunk.high)
-    return Fit(largest / (chunk.fixed_zero + inwards), torch.full_like(chunk.low, chunk.fixed_zero), unknown)
+    scale = largest / (chunk.fixed_zero + inwards)
+    return scale.masked_fill_(largest == 0, 1.0), torch.full_like(largest, chunk.fixed_zero)
 
 
-def _moved(chunk: Chunk, fit: Fit, lower: float, upper: float) -> Fit:
-    """The range of a fit, its ends moved inwards by so many steps."""
-    scale = fit.scale * ((chunk.top - lower - upper) / chunk.top)
-    zero = fit.zero if chunk.fixed_zero is not None else (fit.zero - lower) * (fit.scale / scale)
-    return Fit(scale, zero, fit.error)
+def _moved(chunk: Chunk, fit: Fit, lower: float, upper: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the range of a fit, its ends moved inwards by so many steps."""
+    factor = (chunk.top - lower - upper) / chunk.top
+    return fit.scale * factor, fit.zero if chunk.fixed_zero is not None else (fit.zero - lower) / factor
 
 
 def _round_to_nearest(groups: Tensor, spec: WeightSpec) -> list[tuple[Tensor, Tensor | None]]:
