@@ -212,8 +212,8 @@ def _refuses_what_is_not_finite(case: _Case) -> None:
 
 
 _CHECKS = (
-    _error_is_bounded,
     _is_a_weight_again,
+    _error_is_bounded,
     _zeros_stay_zero,
     _constants_stay_constant,
     _an_outlier_hurts_its_own_group,

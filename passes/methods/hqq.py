@@ -19,8 +19,7 @@ Where we differ from the paper, and why (KL to the float logits of the reference
    more, because a large weight's relative error is what its output channel sees. weighted=False minimises plain error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -36,8 +35,8 @@ from ptqc.spec import WeightSpec, Zero
 
 __all__ = ["HalfQuadratic"]
 
-_AT_ONCE = (1 << 15) - 1
-"""Weights of a chunk: 128 kB a tensor stay in cache, and ATen keeps to one thread below 32768 elements."""
+_AT_ONCE = 1 << 16
+"""Weights of a chunk for each thread of torch: its share of the half a dozen tensors stays in its cache."""
 _BETA, _KAPPA = 10.0, 1.01
 """The paper's weight of the splitting, here in units of a step, and its growth per iteration."""
 
@@ -81,8 +80,8 @@ class HalfQuadratic:
         """See `ptqc.methods.Method`."""
         groups = weight.reshape(-1, spec.group or weight.shape[-1])
         alone = replace(spec, group=None)
-        at_once = max(1, _AT_ONCE // groups.shape[1]) if weight.device.type == "cpu" else len(groups)
-        solved = _in_threads(lambda some: self._solve(some, alone), groups.split(at_once))
+        at_once = max(1, _AT_ONCE * torch.get_num_threads() // groups.shape[1])
+        solved = [self._solve(some, alone) for some in groups.split(at_once if weight.is_cpu else len(groups))]
         columns = (*weight.shape[:-1], weight.shape[-1] // groups.shape[1])
         zeros = [one.zero for one in solved if one.zero is not None]
         return storage.Codes(
@@ -141,7 +140,7 @@ def _start(chunk: Chunk) -> Fit:
     longer = range(1, max(1, chunk.group // 64).bit_length())  # long groups have long tails: also halve, quarter, ...
     for inwards in (*_RANGES, *(chunk.top * (2**halvings - 1) / 2 for halvings in longer)):
         found = found.or_better(chunk.fit(*_range(chunk, inwards)))
-    for lower, upper in _MOVES:
+    for lower, upper in _MOVES * (1 if chunk.group <= 128 else 3):
         found = found.or_better(chunk.fit(*_moved(chunk, found, lower, upper)))
     return found
 
@@ -168,12 +167,3 @@ def _round_to_nearest(groups: Tensor, spec: WeightSpec) -> list[tuple[Tensor, Te
     if spec.is_symmetric:
         return [(storage.round_scale(scale, spec), None) for scale in symmetric_scales(groups, spec)]
     return [affine_range(groups, spec)]
-
-
-def _in_threads(solve: Callable[[Tensor], storage.Codes], chunks: Sequence[Tensor]) -> list[storage.Codes]:
-    """Map chunks on as many threads as torch uses: each runs small operators that torch would not spread by itself."""
-    threads = min(len(chunks), torch.get_num_threads())
-    if threads == 1:
-        return [solve(chunk) for chunk in chunks]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(solve, chunks))
