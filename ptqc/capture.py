@@ -5,8 +5,8 @@ good case; graph breaks give several, and everything that reads them works per g
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,19 @@ log = logging.getLogger("ptqc")
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """A graph and the parameter behind each placeholder that dynamo lifted."""
+    """A graph, the parameter behind each placeholder that dynamo lifted, and the values it was first called with.
+
+    stopped_by: why dynamo ended the graph here, None if it is the model's end.
+    """
 
     module: fx.GraphModule
     parameters: Mapping[fx.Node, Tensor]
+    values: Sequence[Any] = field(default=(), repr=False)
+    stopped_by: str | None = None
+
+
+class _Stop(Exception):
+    """Ends a capture before anything is executed."""
 
 
 def parameter_name(node: fx.Node) -> str:
@@ -36,24 +45,49 @@ def parameter_name(node: fx.Node) -> str:
     return ".".join(part for part in cleaned.split(".") if part)
 
 
-def capture(model: nn.Module, batch: Mapping[str, Any]) -> list[CapturedGraph]:
+def capture(model: nn.Module, batch: Mapping[str, Any], *, is_run: bool = True) -> list[CapturedGraph]:
     """Run `model(**batch)` once through dynamo and return its graphs, in the order in which they ran.
 
-    The model is unchanged. Raises whatever the model itself raises on the batch.
+    The model is unchanged. is_run: execute the graphs; without, capture ends at the first graph, and no parameter is
+    read (a model whose weights are not there yet can be captured that way, if it is one graph).
+
+    Raises whatever the model itself raises on the batch.
     """
     graphs: list[CapturedGraph] = []
 
     def keep(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         pairs = zip(placeholders, inputs, strict=True)
-        graphs.append(CapturedGraph(module, {node: value for node, value in pairs if isinstance(value, nn.Parameter)}))
+        parameters = {node: value for node, value in pairs if isinstance(value, nn.Parameter)}
+        graphs.append(CapturedGraph(module, parameters, tuple(inputs), _break_of(module)))
+        if not is_run:
+            raise _Stop
         return module.forward
 
     torch._dynamo.reset()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
             torch.compile(model, backend=keep)(**batch)
+    except Exception as error:
+        if is_run or not graphs or not _is_stop(error):
+            raise
     finally:
         torch._dynamo.reset()
     log.info("captured %d graph(s)", len(graphs))
     return graphs
+
+
+def _break_of(module: fx.GraphModule) -> str | None:
+    """The first line of why dynamo ended a graph before the end of the function."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if not getattr(reason, "graph_break", False):
+        return None
+    return (str(getattr(reason, "reason", "")).strip().splitlines() or ["a graph break"])[0]
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, _Stop):
+            return True
+        error = error.__cause__ or error.__context__ or getattr(error, "inner_exception", None)
+    return False

@@ -1,0 +1,72 @@
+"""What a transform is: it changes a model without changing its function, so that quantizing hurts less.
+
+A transform is one file in `passes/transforms/`: a frozen dataclass whose fields are its options. It sees matrices and
+statistics, never a graph: what may be scaled is found and proved by `ptqc.passes.groups`, and carried out by the
+engine. It overrides the steps that it has; the others leave everything as it is. The steps come in this order:
+
+1. `scale`: a scale for each channel of a scale group (SmoothQuant, AWQ);
+2. `around`: what is done at run time around a stored matrix (Hadamard rotations);
+3. `clip`: another float weight to choose codes for (AWQ's clipping);
+4. `correct`: a correction of the bias once the codes are chosen.
+"""
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ptqc.registry import Registry
+from ptqc.spec import ActSpec, WeightSpec
+from ptqc.surroundings import Surroundings
+
+__all__ = ["TRANSFORMS", "Member", "Transform"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One weight as a transform sees it.
+
+    weight: [*lead, out, in] float32, the current values. statistics: of its input x, see `ptqc.statistics`.
+    spec, act: how it will be stored, and what will be done to its input. channel: for a weight in a scale group, the
+    channel of each column, [in] int64, -1 for columns that are left alone.
+    """
+
+    name: str
+    weight: Tensor
+    statistics: Mapping[str, Tensor]
+    spec: WeightSpec
+    act: ActSpec = field(default_factory=ActSpec)
+    channel: Tensor | None = None
+
+
+class Transform(ABC):
+    """One change of a model that keeps its function. A subclass is a frozen dataclass; its fields are its options."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Statistics of the input that it reads."""
+    default_method: ClassVar[str] = "rtn"
+    """The method that follows where the user names only the transform."""
+
+    def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
+        """The scale s [channels] float32, positive: columns of the members are multiplied by it, their input divided.
+
+        members: every weight that reads the value. None leaves the group alone.
+        """
+        return None
+
+    def around(self, member: Member) -> tuple[Surroundings, dict[str, Tensor]]:
+        """What is to be done at run time around the stored matrix, and the tensors that takes."""
+        return Surroundings(), {}
+
+    def clip(self, member: Member) -> Tensor:
+        """The weight to choose codes for, [*lead, out, in] float32."""
+        return member.weight
+
+    def correct(self, member: Member, stored: Tensor) -> Tensor | None:
+        """What to add to the bias, [out] float32. stored: [out, in], the numbers that the codes stand for."""
+        return None
+
+
+TRANSFORMS: Registry[type[Transform]] = Registry("transform", "ptqc.passes.transforms")
