@@ -10,7 +10,6 @@ engine. It overrides the steps that it has; the others leave everything as it is
 4. `correct`: a correction of the bias once the codes are chosen.
 """
 
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -41,7 +40,7 @@ class Member:
     channel: Tensor | None = None
 
 
-class Transform(ABC):
+class Transform:
     """One change of a model that keeps its function. A subclass is a frozen dataclass; its fields are its options."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
