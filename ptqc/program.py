@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ptqc.capture import CapturedGraph, parameter_name
@@ -68,7 +69,7 @@ def program(captured: CapturedGraph, model: nn.Module, batch: Mapping[str, Any])
     sources = [node for node in captured.module.graph.nodes if node.op == "placeholder"]
     fakes = [value_of(node) for node in sources]
     modes = [fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")]
-    trace = make_fx(torch.func.functionalize(_flat(captured.module), remove="mutations"), _allow_non_fake_inputs=True)
+    trace = make_fx(dispatch_functionalize(_flat(captured.module)), _allow_non_fake_inputs=True)
     with torch.no_grad():
         if modes:
             with modes[0]:
