@@ -6,6 +6,12 @@ one for tracing, and a derivative towards the activation.
     ptqc::embedding(ids, parts, spec, shape, dtype)   rows of W [rows, width]
     ptqc::dequantize(parts, spec, shape, dtype)       W itself, shape [..., out, in]
 
+and what stands around it (`ptqc.surroundings`):
+
+    ptqc::hadamard(x, name)                   x [..., n] times H.T along the last axis    (ptqc.hadamard)
+    ptqc::hadamard_back(x, name)              its inverse
+    ptqc::fake_quantize(x, act, scale)        the numbers a quantized input stands for    (ptqc.activations)
+
 `parts` are the tensors of `storage.part_names(spec)`, in that order; `spec` is a short name. The operators are
 declared through `torch.library.Library`: a call costs 4 us, against 15 us for `torch.library.custom_op`
 (torch 2.13, one core of a Zen 5 EPYC, November 2026).
@@ -17,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqc import storage
-from ptqc.spec import WeightSpec
+from ptqc import activations, storage
+from ptqc.spec import ActSpec, WeightSpec
 
-__all__ = ["bmm", "dequantize", "embedding", "linear"]
+__all__ = ["bmm", "dequantize", "embedding", "fake_quantize", "hadamard", "hadamard_back", "linear"]
 
 _LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
 for _schema in (
@@ -28,6 +34,9 @@ for _schema in (
     "bmm(Tensor x, Tensor[] parts, str spec) -> Tensor",
     "embedding(Tensor ids, Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
     "dequantize(Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "hadamard(Tensor x, str name) -> Tensor",
+    "hadamard_back(Tensor x, str name) -> Tensor",
+    "fake_quantize(Tensor x, str act, Tensor? scale) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 
@@ -35,6 +44,12 @@ linear = torch.ops.ptqc.linear.default
 bmm = torch.ops.ptqc.bmm.default
 embedding = torch.ops.ptqc.embedding.default
 dequantize = torch.ops.ptqc.dequantize.default
+hadamard = torch.ops.ptqc.hadamard.default
+hadamard_back = torch.ops.ptqc.hadamard_back.default
+fake_quantize = torch.ops.ptqc.fake_quantize.default
+hadamard = torch.ops.ptqc.hadamard.default
+hadamard_back = torch.ops.ptqc.hadamard_back.default
+fake_quantize = torch.ops.ptqc.fake_quantize.default
 
 
 def _named(parts: Sequence[Tensor], spec: WeightSpec) -> dict[str, Tensor]:
@@ -68,6 +83,66 @@ def _embedding(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[
     return rows.view(*ids.shape, shape[1])
 
 
+def _hadamard(x: Tensor, name: str) -> Tensor:
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    return _fresh(rotations.rotate(x, name), x)
+
+
+def _hadamard_back(x: Tensor, name: str) -> Tensor:
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    return _fresh(rotations.rotate_back(x, name), x)
+
+
+def _fake_quantize(x: Tensor, act: str, scale: Tensor | None) -> Tensor:
+    treated_as = ActSpec.parse(act)
+    return x.clone(memory_format=torch.contiguous_format) if treated_as.dtype is None else activations.fake_quantize(x, treated_as, scale).contiguous()
+
+
+def _fresh(result: Tensor, x: Tensor) -> Tensor:
+    """What an operator may return: contiguous, and never its input."""
+    return result.clone() if result is x else result.contiguous()
+
+
+def _hadamard(x: Tensor, name: str) -> Tensor:
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    return _fresh(rotations.rotate(x, name), x)
+
+
+def _hadamard_back(x: Tensor, name: str) -> Tensor:
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    from ptqc import hadamard as rotations
+
+    return _fresh(rotations.rotate_back(x, name), x)
+
+
+def _fake_quantize(x: Tensor, act: str, scale: Tensor | None) -> Tensor:
+    treated_as = ActSpec.parse(act)
+    return x.clone(memory_format=torch.contiguous_format) if treated_as.dtype is None else activations.fake_quantize(x, treated_as, scale).contiguous()
+
+
+def _fresh(result: Tensor, x: Tensor) -> Tensor:
+    """What an operator may return: contiguous, and never its input."""
+    return result.clone() if result is x else result.contiguous()
+
+
 # -------------------------------------------------------------------- tracing
 
 
@@ -89,11 +164,25 @@ def _dequantize_fake(parts: Sequence[Tensor], spec: str, shape: Sequence[int], d
     return parts[0].new_empty(tuple(shape), dtype=dtype)
 
 
+def _same_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _same_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_fake),
     "bmm": (_bmm, _bmm_fake),
     "embedding": (_embedding, _embedding_fake),
     "dequantize": (_dequantize, _dequantize_fake),
+    "hadamard": (_hadamard, _same_fake),
+    "hadamard_back": (_hadamard_back, _same_fake),
+    "fake_quantize": (_fake_quantize, _same_fake),
+    "hadamard": (_hadamard, _same_fake),
+    "hadamard_back": (_hadamard_back, _same_fake),
+    "fake_quantize": (_fake_quantize, _same_fake),
 }
 for _name, (_reference, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
@@ -124,5 +213,43 @@ def _bmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _towards_x(ctx, grad), [None] * len(ctx.saved_tensors), None
 
 
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.name = inputs[1]
+
+
+def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return hadamard_back(grad, ctx.name), None
+
+
+def _hadamard_back_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return hadamard(grad, ctx.name), None
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, None, None
+
+
+torch.library.register_autograd("ptqc::hadamard", _hadamard_backward, setup_context=_keep_name, lib=_LIBRARY)
+torch.library.register_autograd("ptqc::hadamard_back", _hadamard_back_backward, setup_context=_keep_name, lib=_LIBRARY)
+torch.library.register_autograd("ptqc::fake_quantize", _straight_through, lib=_LIBRARY)
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.name = inputs[1]
+
+
+def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return hadamard_back(grad, ctx.name), None
+
+
+def _hadamard_back_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return hadamard(grad, ctx.name), None
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, None, None
+
+
+torch.library.register_autograd("ptqc::hadamard", _hadamard_backward, setup_context=_keep_name, lib=_LIBRARY)
+torch.library.register_autograd("ptqc::hadamard_back", _hadamard_back_backward, setup_context=_keep_name, lib=_LIBRARY)
+torch.library.register_autograd("ptqc::fake_quantize", _straight_through, lib=_LIBRARY)
 torch.library.register_autograd("ptqc::linear", _linear_backward, setup_context=_keep, lib=_LIBRARY)
 torch.library.register_autograd("ptqc::bmm", _bmm_backward, setup_context=_keep, lib=_LIBRARY)

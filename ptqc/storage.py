@@ -36,11 +36,14 @@ class Codes:
     scale: [..., out // rows, in // group] float32, not yet rounded for storage: `encode` rounds once (rounding nested
     scales twice moves them). zero: like scale, or None; in units of codes, except for zero="min", where it is the
     minimum in units of the weight.
+    order: [*lead, in] int64 where the method reordered the inputs: column j of codes, scale and zero belongs to input
+    order[j] of the weight (act-order of GPTQ); None where they are as given.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    order: Tensor | None = None
 
 
 def _is_nested(scale: ScaleSpec) -> bool:
