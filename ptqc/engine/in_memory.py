@@ -1,0 +1,69 @@
+"""The parameters of a model in memory while the engine works: changes are kept aside and take effect together.
+
+Until `commit` the model is as it was, whatever fails in between.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ptqc.engine.jobs import Job
+from ptqc.qtensor import QuantTensor
+from ptqc.sites import Site
+
+__all__ = ["InMemory"]
+
+
+class InMemory:
+    """Float parameters of a model by name, with what the engine has made of them so far."""
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site], jobs: Iterable[Job]) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._sites = {site.name: site for site in sites}
+        self._wide = {job.name for job in jobs}
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._changed: dict[str, Tensor] = {}
+        self._stored: dict[str, QuantTensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Weights that are to be quantized are held in float32 once a fold has changed them."""
+        if name in self._changed:
+            return self._changed[name]
+        value = self._parameters[name].detach()
+        return value.float() if name in self._wide else value
+
+    def fold(self, name: str, value: Tensor) -> None:
+        """Keep other values for a parameter."""
+        self._changed[name] = value
+
+    def store(self, name: str, weight: QuantTensor) -> None:
+        """Keep the quantized form of a parameter; its float values are not needed again."""
+        self._stored[name] = weight
+        self._changed.pop(name, None)
+
+    def bias_of(self, name: str) -> str | None:
+        """The bias beside a weight in the module that holds it, if no other module has the weight."""
+        site = self._sites[name]
+        if len(site.owners) > 1:
+            return None
+        module, attribute = site.owners[0]
+        bias = module._parameters.get(attribute.replace("weight", "bias"))
+        out_features = site.weight.shape[-1 if site.is_transposed else -2]
+        if bias is None or attribute.replace("weight", "bias") == attribute or bias.shape != (out_features,):
+            return None
+        return self._names.get(id(bias))
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """What to run the model with instead of its own parameters, by name."""
+        return self._changed | self._stored
+
+    def commit(self) -> dict[str, QuantTensor]:
+        """Change the model: folded parameters in place, quantized ones in every owner. Returns the latter by name."""
+        with torch.no_grad():
+            for name, value in self._changed.items():
+                self._parameters[name].data.copy_(value)
+        for name, weight in self._stored.items():
+            self._sites[name].replace(weight)
+        return self._stored
