@@ -35,9 +35,7 @@ class Job:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics of its input that its method, its transforms and its activation read."""
-        assert self.rule.method is not None
-        wanted = set(self.rule.method.needs).union(*(transform.needs for transform in self.rule.transforms))
-        return frozenset(wanted | ({"absmax"} if self.rule.activation.is_static else set()))
+        return self.rule.needs
 
 
 def jobs_of(work: Iterable[tuple[Site, Rule]]) -> list[Job]:
