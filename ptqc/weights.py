@@ -13,29 +13,15 @@ Parameters that do none of this (norms, biases, positions, convolutions) are not
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, fx
 
-__all__ = ["WeightUse", "weight_uses"]
+from ptqc.contractions import Contraction, contractions_of
+from ptqc.program import value_of
+from ptqc.views import View, function_name, view_of
 
-# Where the weight operand may stand, and its contracted axis there. Names are those of torch functions and methods.
-_CONTRACTIONS: dict[str, dict[int, int]] = {
-    "linear": {1: -1},
-    "matmul": {0: -1, 1: -2},
-    "mm": {0: -1, 1: -2},
-    "bmm": {0: -1, 1: -2},
-    "mv": {0: -1},
-    "__matmul__": {0: -1, 1: -2},
-    "__rmatmul__": {0: -2, 1: -1},
-    "addmm": {1: -1, 2: -2},
-    "baddbmm": {1: -1, 2: -2},
-    "grouped_mm": {1: -2},
-    "_grouped_mm": {1: -2},
-    "grouped_mm_fallback": {1: -2},
-    "multi_head_attention_forward": {5: -1, 11: -1},
-    "_native_multi_head_attention": {5: -1, 7: -1},
-}
+__all__ = ["WeightUse", "function_name", "weight_uses"]
+
 _RANKING = frozenset({"topk", "sort", "argsort"})
 _TO_RANKING = frozenset(
     {"softmax", "sigmoid", "to", "float", "type_as", "view", "reshape", "add", "__add__", "iadd", "sqrt", "softplus",
@@ -48,7 +34,8 @@ class WeightUse:
     """How one parameter is used in a graph.
 
     input_axis: the axis of the parameter that is contracted, negative, or None if it cannot be told.
-    reason: None for a weight to quantize, else why it is kept.
+    reason: None for a weight to quantize, else why it is kept. products: every contraction that reads it, in order:
+    a node that reads it twice (as query and key, say) has an entry for each.
     """
 
     placeholder: fx.Node
@@ -57,14 +44,12 @@ class WeightUse:
     escapes: bool = False
     input_axis: int | None = None
     reason: str | None = None
+    products: list[Contraction] = field(default_factory=list)
+    views: dict[fx.Node, View | None] = field(default_factory=dict, repr=False)
 
-
-def function_name(node: fx.Node) -> str:
-    """Name of the function or method a node calls, without namespace or overload ("linear", "topk")."""
-    if node.op == "call_method":
-        return str(node.target)
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-    return str(name).split(".")[0]
+    def view(self, node: fx.Node) -> View | None:
+        """A node whose value derives from the parameter, as a view of it; None if it is more than that."""
+        return view_of(node, self.placeholder, self.views)
 
 
 def weight_uses(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[WeightUse]:
@@ -78,10 +63,10 @@ def weight_uses(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[W
                     uses[source].escapes = True
         if node in behind or node.op in ("placeholder", "output"):
             continue
-        operands = _contracted_operands(node, behind)
-        for operand, axis in operands:
-            for source in behind[operand] & uses.keys():
-                _note(uses[source], node, operand, axis)
+        operands = contractions_of(node, behind)
+        for product in operands:
+            for source in behind[product.operand] & uses.keys():
+                _note(uses[source], product)
         sources = _gathered(node) or node.all_input_nodes
         if not operands and sources and all(source in behind for source in sources):
             behind[node] = frozenset().union(*(behind[source] for source in sources))
@@ -97,47 +82,22 @@ def _gathered(node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _contracted_operands(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, int | None]]:
-    name = function_name(node)
-    if name == "einsum":
-        return _einsum_operands(node, behind)
-    positions = _CONTRACTIONS.get(name, {})
-    named = {1: node.kwargs.get("weight", node.kwargs.get("mat2", node.kwargs.get("other")))}
-    found: list[tuple[fx.Node, int | None]] = []
-    for position, axis in positions.items():
-        operand = node.args[position] if position < len(node.args) else named.get(position)
-        if isinstance(operand, fx.Node) and operand in behind:
-            found.append((operand, axis))
-    others = [n for n in node.all_input_nodes if n not in behind]
-    return found if others else []  # a product of parameters alone is itself a weight operand, not a use
-
-
-def _einsum_operands(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, int | None]]:
-    equation = node.args[0]
-    if not isinstance(equation, str):
-        return []
-    operands = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    left, _, right = equation.replace(" ", "").partition("->")
-    found: list[tuple[fx.Node, int | None]] = []
-    for operand, letters in zip(operands, left.split(","), strict=False):
-        if isinstance(operand, fx.Node) and operand in behind:
-            summed = [i - len(letters) for i, letter in enumerate(letters) if right and letter not in right]
-            found.append((operand, summed[0] if len(summed) == 1 else None))
-    return found if len(found) < len(list(operands)) else []
-
-
-def _note(use: WeightUse, node: fx.Node, operand: fx.Node, axis: int | None) -> None:
-    use.contractions.append(node)
-    traced = None if axis is None else _axis_of_parameter(use, operand, axis)
+def _note(use: WeightUse, product: Contraction) -> None:
+    use.contractions.append(product.node)
+    use.products.append(product)
+    traced = None if product.axis is None else _axis_of_parameter(use, product.operand, product.axis)
     if use.input_axis is None:
         use.input_axis = traced
 
 
 def _axis_of_parameter(use: WeightUse, operand: fx.Node, axis: int) -> int | None:
-    """Follow an axis of a view back to the parameter: views of one storage share strides."""
+    """Follow an axis of a view back to the parameter, where that fails by strides: views of one storage share them."""
     if operand is use.placeholder:
         return axis
-    view, base = operand.meta.get("example_value"), use.placeholder.meta.get("example_value")
+    found = use.view(operand)
+    if found is not None and found.axes[axis].is_whole and found.axes[axis].of is not None:
+        return found.axes[axis].of - use.parameter.ndim
+    view, base = value_of(operand), value_of(use.placeholder)
     if not (isinstance(view, Tensor) and isinstance(base, Tensor)) or view.ndim < -axis:
         return None
     for candidate in (-1, -2):
