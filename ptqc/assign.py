@@ -8,32 +8,39 @@ from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
 from ptqc.sites import Site, Skipped
 
-__all__ = ["assign", "quantize_site"]
+__all__ = ["assign", "needs_data", "quantize_site"]
 
 
-def assign(sites: Sequence[Site], recipe: Recipe) -> tuple[list[tuple[Site, Rule]], list[Skipped]]:
+def assign(
+    sites: Sequence[Site], recipe: Recipe, *, has_data: bool = False
+) -> tuple[list[tuple[Site, Rule]], list[Skipped]]:
     """Every site with its rule, and the sites that no rule wants, with the reason.
 
-    Raises: PtqcError for a method that needs statistics of the inputs.
+    has_data: there is calibration data, so rules may need statistics and transforms.
+
+    Raises: PtqcError for a rule that needs data which is not there.
     """
     work, left = [], []
     for site in sites:
         rule = rule_for(site.name, recipe)
         if rule is None or rule.method is None:
             left.append(Skipped(site.name, "no rule of the recipe matches" if rule is None else "the recipe keeps it"))
-        elif rule.method.needs:
-            needs = ", ".join(sorted(rule.method.needs))
-            raise PtqcError(
-                f"{type(rule.method).__name__} needs statistics of the inputs ({needs}), which no pass collects yet"
-            )
-        else:
+        elif rule.is_data_free or has_data:
             work.append((site, rule))
+        else:
+            raise PtqcError(needs_data(rule))
     return work, left
 
 
+def needs_data(rule: Rule) -> str:
+    """Why a rule does not go without calibration data, and what to do."""
+    why = f"statistics of the inputs ({', '.join(sorted(rule.needs))})" if rule.needs else "the graph of the model"
+    return f'{rule.label} needs {why}; pass calibration data, as in calibration="docs" with a tokenizer'
+
+
 def quantize_site(site: Site, rule: Rule) -> QuantTensor:
-    """The quantized weight of a site; the model is not changed."""
-    assert rule.method is not None
+    """The quantized weight of a site, from the weight alone; the model is not changed."""
+    assert rule.method is not None and rule.is_data_free
     shape = site.weight.mT.shape if site.is_transposed else site.weight.shape
     spec = fitted_spec(rule, shape)
     return quantize_weight(site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed)

@@ -27,14 +27,14 @@ from ptqc.passes.lower.quantize_weights import QuantizeWeights
 from ptqc.passes.lower.unlift import Unlifted, unlift
 from ptqc.pipeline import Context, Pipeline
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import load_recipe, make_rule
+from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
 
 __all__ = ["kept_weights", "ptqc", "stored_weights"]
 
 log = logging.getLogger("ptqc")
 
-_RULE_OPTIONS = ("method", "bits", "group_size", "spec")
+_RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
 _OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "inductor")
 
 
@@ -61,9 +61,20 @@ class _Options:
             raise PtqcError(f"options {sorted(given)} name no method; known options: {', '.join(_OWN_OPTIONS)}")
         else:
             return _Options(None, **common)
+        _refuse_data(recipe)
         include = given.get("include")
         selection = Selection(recipe, None if include is None else tuple(include), tuple(given.get("exclude", ())))
         return _Options(selection, **common)
+
+
+def _refuse_data(recipe: Recipe) -> None:
+    """A backend sees one graph with its parameters: no calibration data, and nothing that is between graphs."""
+    needy = next((rule for rule in recipe if rule.method is not None and not rule.is_data_free), None)
+    if needy is not None:
+        raise PtqcError(
+            f"{needy.label} needs calibration data, which a compiler backend never sees; call "
+            f'ptqc.quantize(model, ..., calibration=...) first, then torch.compile(model, backend="ptqc")'
+        )
 
 
 def ptqc(

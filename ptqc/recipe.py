@@ -1,20 +1,24 @@
-"""Recipes: which method and spec each weight gets. Patterns over names, first match wins."""
+"""Recipes: which transforms, method and spec each weight gets. Patterns over names, first match wins."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ptqc.components import Component, chain, describe, entries, name_of
 from ptqc.errors import PtqcError
-from ptqc.methods import METHODS, Method
+from ptqc.methods import Method
+from ptqc.recipe_file import KEYS, Row, check_keys, read_rows
 from ptqc.select import matches
-from ptqc.spec import WeightSpec
+from ptqc.spec import ActSpec, WeightSpec
+from ptqc.transforms import Transform
 
-__all__ = ["Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "rule_for"]
-
-_RULE_KEYS = ("pattern", "method", "bits", "group_size", "spec", "options")
+__all__ = [
+    "Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "recipe_rows", "recipe_to_yaml",
+    "rule_for",
+]  # fmt: skip
 
 
 def make_method(method: str | Method, options: Mapping[str, Any] | None = None) -> Method:
@@ -22,18 +26,7 @@ def make_method(method: str | Method, options: Mapping[str, Any] | None = None) 
 
     Raises: PtqcError naming the options that exist.
     """
-    if not isinstance(method, str):
-        if options:
-            raise PtqcError(f"{type(method).__name__} is already configured; options {sorted(options)} do not apply")
-        return method
-    factory = METHODS.get(method)
-    known = {field.name for field in fields(factory)}  # type: ignore[arg-type]
-    unknown = sorted(set(options or {}) - known)
-    if unknown:
-        raise PtqcError(
-            f"method {method!r} has no option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}"
-        )
-    return factory(**(options or {}))
+    return chain(method, options).method
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +34,33 @@ class Rule:
     """Weights that match `pattern` are quantized by `method` to `spec`; method None leaves them in float.
 
     is_exact: the spec was spelled out, so a weight it does not divide is an error rather than a nearby group.
+    transforms: what is done to the model first, in order. activation: what is done to the input at run time.
     """
 
     pattern: str
     method: Method | None
     spec: WeightSpec | None = None
     is_exact: bool = False
+    transforms: tuple[Transform, ...] = ()
+    activation: ActSpec = field(default_factory=ActSpec)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of the input that it takes: of the method, the transforms and static activation scales."""
+        needs = set(getattr(self.method, "needs", ())).union(*(transform.needs for transform in self.transforms))
+        return frozenset(needs | ({"absmax"} if self.activation.is_static else set()))
+
+    @property
+    def is_data_free(self) -> bool:
+        """True if a weight alone is enough to go by: no statistics, and no transform of the model around it."""
+        return not self.needs and not self.transforms
+
+    @property
+    def label(self) -> str:
+        """Short name of its components, "smoothquant+gptq"."""
+        if self.method is None:
+            return "none"
+        return "+".join([*map(name_of, self.transforms), name_of(self.method)])
 
 
 Recipe = Sequence[Rule]
@@ -54,62 +68,122 @@ Recipe = Sequence[Rule]
 
 def make_rule(
     pattern: str,
-    method: str | Method | None,
+    method: Component | Sequence[Component] | None,
     *,
+    transforms: Component | Sequence[Component] = (),
     bits: float | None = None,
     group_size: int | None = None,
     spec: str | WeightSpec | None = None,
+    activation: str | ActSpec | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Rule:
-    """A rule from what a user writes. group_size -1 means the whole row.
+    """A rule from what a user writes; see `ptqc.components` for methods and transforms.
+
+    transforms: go before those in `method`. group_size: -1 means the whole row. activation: "int8-token", "float" ...;
+    None is what the method declares, mostly float.
 
     Raises: PtqcError if spec and bits or group_size contradict each other, or the method cannot do the spec.
     """
+    first = entries(transforms)
     if method is None or method == "none":
-        return Rule(pattern, None)
-    made = make_method(method, options)
+        if first and method == "none":
+            raise PtqcError("a weight that stays in float has no transforms; drop them, or name a method")
+        if not first:
+            return Rule(pattern, None)
+        method = ()
+    made = chain([*first, *entries(method)], options)
+    asked = ActSpec.parse(activation) if isinstance(activation, str) else activation or made.activation
+    act = getattr(made.method, "activation", ActSpec()) if asked is None else asked
     if spec is None:
-        return Rule(pattern, made, made.spec(bits, group_size))
+        group = made.group if group_size is None else group_size
+        return Rule(pattern, made.method, made.method.spec(bits, group), False, made.transforms, act)
     if bits is not None or group_size is not None:
         raise PtqcError("give either spec or bits and group_size, not both")
     exact = WeightSpec.parse(spec) if isinstance(spec, str) else spec
-    reason = made.refuses(exact)
+    reason = made.method.refuses(exact)
     if reason is not None:
         raise PtqcError(reason)
-    return Rule(pattern, made, exact, is_exact=True)
+    return Rule(pattern, made.method, exact, True, made.transforms, act)
+
+
+# -------------------------------------------------------------------- recipes
 
 
 def load_recipe(recipe: str | Path | Recipe | Sequence[Mapping[str, Any]]) -> Recipe:
     """A recipe from rules, from mappings with the keys of `make_rule`, or from a YAML or JSON file of such mappings.
 
-    Raises: PtqcError that names the rule at fault.
+    Raises: PtqcError that names the rule, or the line of the file, at fault.
     """
     if isinstance(recipe, (str, Path)):
-        return load_recipe(_read(Path(recipe)))
-    rules = []
-    for number, row in enumerate(recipe, 1):
-        if isinstance(row, Rule):
-            rules.append(row)
-            continue
-        if not isinstance(row, Mapping) or "pattern" not in row or set(row) - set(_RULE_KEYS):
-            raise PtqcError(
-                f"rule {number} of the recipe must be a mapping with the keys {', '.join(_RULE_KEYS)}; got {row!r}"
-            )
-        arguments = dict(row)
-        rules.append(make_rule(arguments.pop("pattern"), arguments.pop("method", None), **arguments))
+        rules = [_rule(row) for row in read_rows(Path(recipe))]
+    else:
+        rules = [row if isinstance(row, Rule) else _rule(_checked(row, n)) for n, row in enumerate(recipe, 1)]
     if not rules:
         raise PtqcError("the recipe has no rules")
     return rules
 
 
-def _read(path: Path) -> Sequence[Mapping[str, Any]]:
+def _checked(values: object, number: int) -> Row:
+    """A row from Python: its values may be objects, so only the keys are checked."""
+    source = f"rule {number} of the recipe"
+    if not isinstance(values, Mapping):
+        raise PtqcError(f"{source} must be a mapping with the keys {', '.join(KEYS)}; got {values!r}")
+    check_keys(Row(values, source))
+    return Row(values, source)
+
+
+def _rule(row: Row) -> Rule:
+    values = dict(row.values)
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PtqcError(f"cannot read the recipe {path}: {error}".splitlines()[0]) from None
-    if not isinstance(rows, list):
-        raise PtqcError(f"the recipe {path} must be a list of rules, each with a pattern and a method")
-    return rows
+        return make_rule(values.pop("pattern"), values.pop("method", None), **values)
+    except PtqcError as error:
+        raise type(error)(f"{row.where()}: {error}") from None
+
+
+def recipe_rows(recipe: Recipe) -> list[dict[str, Any]]:
+    """A recipe as mappings of plain values, which `load_recipe` reads and JSON and YAML hold.
+
+    Specs are spelled out where the rule had one; elsewhere bits and groups still give way to what divides a weight.
+    """
+    return [_row(rule) for rule in recipe]
+
+
+def _row(rule: Rule) -> dict[str, Any]:
+    if rule.method is None:
+        return {"pattern": rule.pattern, "method": "none"}
+    row: dict[str, Any] = {"pattern": rule.pattern}
+    if rule.transforms:
+        row["transforms"] = [_short(describe(transform)) for transform in rule.transforms]
+    row["method"] = _short(describe(rule.method))
+    row |= _storage(rule)
+    return row | {"activation": str(rule.activation)}
+
+
+def _short(described: dict[str, Any]) -> Any:
+    return described if len(described) > 1 else described["name"]
+
+
+def _storage(rule: Rule) -> dict[str, Any]:
+    """bits and group_size where they lead to the spec again and may give way, else the spec."""
+    assert rule.method is not None and rule.spec is not None
+    group = -1 if rule.spec.group is None else rule.spec.group
+    bits = 1.58 if rule.spec.codebook == "ternary" else rule.spec.bits
+    requests: tuple[dict[str, Any], ...] = ({"bits": bits, "group_size": group}, {"group_size": group}, {})
+    fitting = [request for request in requests if not rule.is_exact and _leads_to(rule, request)]
+    return fitting[0] if fitting else {"spec": str(rule.spec)}
+
+
+def _leads_to(rule: Rule, request: Mapping[str, Any]) -> bool:
+    assert rule.method is not None
+    try:
+        return rule.method.spec(request.get("bits"), request.get("group_size")) == rule.spec
+    except PtqcError:
+        return False
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The text of a recipe file that `load_recipe` reads back."""
+    return str(yaml.safe_dump(recipe_rows(recipe), sort_keys=False, default_flow_style=None, width=120))
 
 
 def rule_for(name: str, recipe: Recipe) -> Rule | None:

@@ -57,6 +57,11 @@ class Registry(Generic[T]):
             self._import(name)
         return self._entries[name]
 
+    def name_of(self, entry: T) -> str:
+        """The name that an entry is filed under; its own name if nobody registered it."""
+        found = next((name for name, filed in self._entries.items() if filed is entry), None)
+        return found or str(getattr(entry, "__name__", entry))
+
     def _import(self, name: str) -> None:
         known = self.names()
         if name not in known:

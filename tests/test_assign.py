@@ -7,6 +7,7 @@ from ptqc.errors import PtqcError
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.recipe import Rule, make_rule
 from ptqc.sites import find_sites
+from ptqc.transforms import Transform
 
 
 class NeedsData(RoundToNearest):
@@ -27,7 +28,16 @@ def test_the_first_rule_that_matches_wins_and_the_rest_has_a_reason():
     assert torch.allclose(weight.dequantize(), model["b"].weight, atol=1e-2)
 
 
-def test_a_method_that_needs_data_is_refused():
+def test_a_method_that_needs_data_is_refused_without():
     sites, _ = find_sites(nn.Sequential(nn.Linear(64, 64)))
+    rule = Rule("*", NeedsData(), RoundToNearest().spec())
+    assert assign(sites, [rule], has_data=True)[0] == [(sites[0], rule)]
     with pytest.raises(PtqcError, match=r"NeedsData needs statistics of the inputs \(hessian\)"):
-        assign(sites, [Rule("*", NeedsData(), RoundToNearest().spec())])
+        assign(sites, [rule])
+
+
+def test_a_transform_is_refused_without_data():
+    sites, _ = find_sites(nn.Sequential(nn.Linear(64, 64)))
+    rule = Rule("*", RoundToNearest(), RoundToNearest().spec(), transforms=(Transform(),))
+    with pytest.raises(PtqcError, match="needs the graph of the model; pass calibration"):
+        assign(sites, [rule])
