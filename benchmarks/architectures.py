@@ -10,20 +10,13 @@ backend warns of them. Finished models are kept in the JSON-lines file beside FI
 """
 
 import argparse
-import json
 import logging
-import os
-import platform
-import random
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
+from benchmarks.sweep import sweep, write
 
 TOLERANCE = 1e-3
 INNER = "what compiles the lowered graph: Inductor, or nothing (ten times faster; checks our passes only)"
-CHUNK = 6  # architectures per process: importing transformers takes longer than building a tiny model
 
 
 def watch_products(model, inputs):
@@ -120,24 +113,6 @@ def check(key, methods, inner):
     return rows
 
 
-def run_apart(keys, methods, timeout, inner):
-    """`check` for several architectures in one process of their own; those it did not finish once more, one by one."""
-    command = [sys.executable, "-m", "benchmarks.architectures", "--methods", ",".join(methods)]
-    command += ["--inner", inner, "--worker", *keys]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout * len(keys), env=environment)
-        output, failure = done.stdout, (done.stderr.strip().splitlines() or ["no output"])[-1]
-    except subprocess.TimeoutExpired as expired:
-        output, failure = (expired.stdout or b"").decode(), f"more than {timeout} s"
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
-    missing = [key for key in keys if sum(row["arch"] == key for row in rows) < len(methods)]
-    rows = [row for row in rows if row["arch"] not in missing]
-    if missing and len(keys) > 1:
-        return rows + [row for key in missing for row in run_apart([key], methods, timeout, inner)]
-    return rows + [{"arch": key, "method": method, "failure": failure} for key in missing for method in methods]
-
-
 def summarise(rows, methods):
     """The table and its totals."""
     from rich.console import Console
@@ -177,53 +152,17 @@ def summarise(rows, methods):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*")
     parser.add_argument("--methods", default="hqq,nf4")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--inner", choices=["inductor", "eager"], default="inductor", help=INNER)
-    parser.add_argument("--sample", type=int, help="only so many architectures, drawn at random (seed 0)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", nargs="*", help="run these here and print rows (used by the benchmark itself)")
-    arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
-    if arguments.worker:
-        for key in arguments.worker:
-            for row in check(key, methods, arguments.inner):
-                print("ROW " + json.dumps(row), flush=True)
+    swept = sweep("benchmarks.architectures", lambda key, a: check(key, a.methods.split(","), a.inner), parser)
+    if swept is None:
         return
-    names = (Path(__file__).parent / "zoo" / "zoo_open.txt").read_text().splitlines()
-    keys = arguments.only or [line.split("\t")[0] for line in names if line.strip()]
-    if arguments.sample:
-        keys = random.Random(0).sample(keys, arguments.sample)
-    journal = arguments.json.with_suffix(".jsonl") if arguments.json else None
-    rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal and journal.exists() else []
-    todo = [key for key in keys if key not in {row["arch"] for row in rows}]
-    chunks = [todo[at : at + CHUNK] for at in range(0, len(todo), CHUNK)]
-    finished = 0
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        for new in pool.map(lambda chunk: run_apart(chunk, methods, arguments.timeout, arguments.inner), chunks):
-            rows += new
-            finished += len({row["arch"] for row in new})
-            for row in new:
-                print(f"{row['arch']} {row['method']}: {row.get('failure', row.get('rel'))}"[:200], flush=True)
-            print(f"[{finished}/{len(todo)}]", flush=True)
-            if journal:
-                with journal.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in new)
+    found, arguments = swept
+    methods = arguments.methods.split(",")
+    rows = [new for row in found for new in ([row] if "method" in row else [row | {"method": m} for m in methods])]
     summary = summarise(rows, methods)
     if arguments.json:
-        import torch
-        import transformers
-
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        result = {"summary": summary, "rows": rows, "versions": versions, "date": time.strftime("%Y-%m-%d")}
-        result["inner"] = arguments.inner
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.json, {"summary": summary, "rows": rows, "inner": arguments.inner})
 
 
 if __name__ == "__main__":
