@@ -85,6 +85,8 @@ class Report:
     route: str = ""
     groups: list[GroupOutcome] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Weights that stayed in float although a rule wanted them, and why."""
     coverage: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Rows that each expert of a stack has seen, by weight."""
     seconds: float = 0.0

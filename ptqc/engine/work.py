@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptqc.engine.jobs import GroupOutcome, Job, Report, Weights, transforms_of
 from ptqc.engine.starved import informed
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, SpecError
 from ptqc.groups import ScaledParameter, ScaleGroup, rescaled
 from ptqc.methods import quantize_weight
 from ptqc.qtensor import QuantTensor
@@ -200,7 +200,13 @@ class Stage:
             member = replace(member, weight=transform.clip(member))
         if rule.activation.is_static:
             extras = extras | {"act_scale": _static_scale(job, member, rule.activation)}
-        made = quantize_weight(member.weight, rule.method, job.spec, name=job.name, statistics=member.statistics)
+        try:
+            made = quantize_weight(member.weight, rule.method, job.spec, name=job.name, statistics=member.statistics)
+        except SpecError as error:
+            if rule.is_exact:
+                raise
+            self.report.skipped[job.name] = str(error)
+            return
         stored = _dressed(made, job, replace(around, act=rule.activation), extras)
         self._correct(job, stored)
         self.weights.store(job.name, stored)
