@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptqc import activations, storage
+from ptqc import hadamard as rotations
 from ptqc.spec import ActSpec, WeightSpec
 
 __all__ = ["bmm", "dequantize", "embedding", "fake_quantize", "hadamard", "hadamard_back", "linear"]
@@ -84,63 +85,21 @@ def _embedding(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[
 
 
 def _hadamard(x: Tensor, name: str) -> Tensor:
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    return _fresh(rotations.rotate(x, name), x)
+    return _fresh(rotations.rotate(x, name) if x.numel() else x, x)
 
 
 def _hadamard_back(x: Tensor, name: str) -> Tensor:
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    return _fresh(rotations.rotate_back(x, name), x)
+    return _fresh(rotations.rotate_back(x, name) if x.numel() else x, x)
 
 
 def _fake_quantize(x: Tensor, act: str, scale: Tensor | None) -> Tensor:
     treated_as = ActSpec.parse(act)
-    return x.clone(memory_format=torch.contiguous_format) if treated_as.dtype is None else activations.fake_quantize(x, treated_as, scale).contiguous()
+    return _fresh(x if treated_as.dtype is None else activations.fake_quantize(x, treated_as, scale), x)
 
 
 def _fresh(result: Tensor, x: Tensor) -> Tensor:
     """What an operator may return: contiguous, and never its input."""
-    return result.clone() if result is x else result.contiguous()
-
-
-def _hadamard(x: Tensor, name: str) -> Tensor:
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    return _fresh(rotations.rotate(x, name), x)
-
-
-def _hadamard_back(x: Tensor, name: str) -> Tensor:
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    from ptqc import hadamard as rotations
-
-    return _fresh(rotations.rotate_back(x, name), x)
-
-
-def _fake_quantize(x: Tensor, act: str, scale: Tensor | None) -> Tensor:
-    treated_as = ActSpec.parse(act)
-    return x.clone(memory_format=torch.contiguous_format) if treated_as.dtype is None else activations.fake_quantize(x, treated_as, scale).contiguous()
-
-
-def _fresh(result: Tensor, x: Tensor) -> Tensor:
-    """What an operator may return: contiguous, and never its input."""
-    return result.clone() if result is x else result.contiguous()
+    return result.clone(memory_format=torch.contiguous_format) if result is x else result.contiguous()
 
 
 # -------------------------------------------------------------------- tracing
@@ -168,18 +127,11 @@ def _same_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _same_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_fake),
     "bmm": (_bmm, _bmm_fake),
     "embedding": (_embedding, _embedding_fake),
     "dequantize": (_dequantize, _dequantize_fake),
-    "hadamard": (_hadamard, _same_fake),
-    "hadamard_back": (_hadamard_back, _same_fake),
-    "fake_quantize": (_fake_quantize, _same_fake),
     "hadamard": (_hadamard, _same_fake),
     "hadamard_back": (_hadamard_back, _same_fake),
     "fake_quantize": (_fake_quantize, _same_fake),
@@ -213,25 +165,6 @@ def _bmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _towards_x(ctx, grad), [None] * len(ctx.saved_tensors), None
 
 
-def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.name = inputs[1]
-
-
-def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return hadamard_back(grad, ctx.name), None
-
-
-def _hadamard_back_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return hadamard(grad, ctx.name), None
-
-
-def _straight_through(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return grad, None, None
-
-
-torch.library.register_autograd("ptqc::hadamard", _hadamard_backward, setup_context=_keep_name, lib=_LIBRARY)
-torch.library.register_autograd("ptqc::hadamard_back", _hadamard_back_backward, setup_context=_keep_name, lib=_LIBRARY)
-torch.library.register_autograd("ptqc::fake_quantize", _straight_through, lib=_LIBRARY)
 def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.name = inputs[1]
 

@@ -4,11 +4,15 @@ A wrapper subclass of torch.Tensor: a spec and its parts. Matrix products, embed
 `ptqc::` operators on the parts (the table `_RULES`); **anything else dequantizes and does what was asked**, so a
 quantized model is right everywhere and fast where we recognise the operation. Only changing one in place is an error.
 
+What is done around the stored matrix (`ptqc.surroundings`) is part of the weight: products with it run those steps,
+and `dequantize` undoes them.
+
 Axes: the parts store [..., out, in] with groups along `in`. `is_transposed` says that the tensor itself looks like
 [..., in, out] (the weight of a Conv1D, or a view by `.t()`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,17 +23,20 @@ from torch.utils._pytree import tree_map_only
 from ptqc import ops, storage
 from ptqc.errors import PtqcError
 from ptqc.spec import WeightSpec
+from ptqc.surroundings import Surroundings, apply, steps_after, steps_before, steps_undoing
 
 __all__ = ["QuantTensor"]
 
 _aten = torch.ops.aten
+_TRIVIAL = Surroundings()
 
 
 class QuantTensor(torch.Tensor):
     """A weight held as codes and scales.
 
     parts: see `ptqc.storage`. spec: how they are stored. stored_shape: [..., out, in]. dtype: what the weight
-    pretends to be. is_transposed: whether the tensor's own shape has the last two axes swapped.
+    pretends to be. is_transposed: whether the tensor's own shape has the last two axes swapped. surroundings, extras:
+    what is done around it, and the vectors that takes.
 
     Example: `linear.weight = torch.nn.Parameter(quantized, requires_grad=False)`.
     """
@@ -37,6 +44,7 @@ class QuantTensor(torch.Tensor):
     spec: WeightSpec
     stored_shape: tuple[int, ...]
     is_transposed: bool
+    surroundings: Surroundings
     codes: Tensor
 
     @staticmethod
@@ -47,6 +55,8 @@ class QuantTensor(torch.Tensor):
         stored_shape: Sequence[int],
         dtype: torch.dtype,
         is_transposed: bool = False,
+        surroundings: Surroundings = _TRIVIAL,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> "QuantTensor":
         shape, strides = list(stored_shape), _contiguous_strides(stored_shape)
         if is_transposed:
@@ -57,17 +67,30 @@ class QuantTensor(torch.Tensor):
         self.spec, self.stored_shape, self.is_transposed = spec, tuple(stored_shape), is_transposed
         for name in storage.part_names(spec):
             setattr(self, name, parts[name])
+        self.surroundings = surroundings
+        for name in surroundings.extra_names:
+            setattr(self, name, (extras or {})[name])
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     @staticmethod
     def from_codes(
-        logical: storage.Codes, spec: WeightSpec, dtype: torch.dtype, is_transposed: bool = False
+        logical: storage.Codes,
+        spec: WeightSpec,
+        dtype: torch.dtype,
+        is_transposed: bool = False,
+        surroundings: Surroundings = _TRIVIAL,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> "QuantTensor":
-        """Pack codes [..., out, in] that a method chose."""
+        """Pack codes [..., out, in] that a method chose for the matrix within the surroundings."""
         shape = (*logical.codes.shape[:-1], logical.codes.shape[-1] * spec.vector)
-        return QuantTensor(storage.encode(logical, spec), spec, shape, dtype, is_transposed)
+        extras = dict(extras or {})
+        if logical.order is not None:
+            given = extras.get("order")
+            order = logical.order if given is None else torch.take_along_dim(given.long(), logical.order.long(), -1)
+            surroundings, extras["order"] = replace(surroundings, order=True), order.to(torch.int32)
+        return QuantTensor(storage.encode(logical, spec), spec, shape, dtype, is_transposed, surroundings, extras)
 
     # ---------------------------------------------------------------- reading
 
@@ -77,31 +100,47 @@ class QuantTensor(torch.Tensor):
         return {name: getattr(self, name) for name in storage.part_names(self.spec)}
 
     @property
+    def extras(self) -> dict[str, Tensor]:
+        """The vectors of its surroundings by name."""
+        return {name: getattr(self, name) for name in self.surroundings.extra_names}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored: parts, then extras."""
+        return self.parts | self.extras
+
+    @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
+        """Bytes of all parts and extras."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def dequantize(self) -> Tensor:
-        """The numbers it stands for, as a plain tensor of its own shape and dtype."""
-        weight: Tensor = ops.dequantize(list(self.parts.values()), str(self.spec), list(self.stored_shape), self.dtype)
+        """The numbers it stands for, as a plain tensor of its own shape and dtype, whatever happens to inputs."""
+        steps = steps_undoing(self.surroundings, self.extras)
+        dtype = torch.float32 if steps else self.dtype
+        stored: Tensor = ops.dequantize(list(self.parts.values()), str(self.spec), list(self.stored_shape), dtype)
+        weight = apply(steps, stored).to(self.dtype)
         return weight.mT if self.is_transposed else weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         turned = ", is_transposed=True" if self.is_transposed else ""
-        return f"QuantTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{turned})"
+        around = "" if self.surroundings.is_trivial else f", surroundings={self.surroundings.to_json()}"
+        what = f"{self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
+        return f"QuantTensor({what}{turned}{around})"
 
     # ---------------------------------------------------------------- being a tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return storage.part_names(self.spec), (self.spec, self.stored_shape, self.dtype, self.is_transposed)
+        meta = (self.spec, self.stored_shape, self.dtype, self.is_transposed, self.surroundings)
+        return list(self.tensors), meta
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], meta: tuple[Any, ...], outer_size: object, outer_stride: object
     ) -> "QuantTensor":
-        return QuantTensor(inner, *meta)
+        return QuantTensor(inner, *meta, extras=inner)
 
     def _stable_hash_for_caching(self) -> str:
         _, meta = self.__tensor_flatten__()
@@ -109,16 +148,19 @@ class QuantTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as (parts, meta): `torch.save` works, and `torch.load` with weights_only=True reads it back."""
-        _, (spec, shape, dtype, is_transposed) = self.__tensor_flatten__()
-        return _rebuild, (self.parts, str(spec), shape, dtype, is_transposed)
+        around = () if self.surroundings.is_trivial else (self.surroundings.to_json(), self.extras)
+        return _rebuild, (self.parts, str(self.spec), self.stored_shape, self.dtype, self.is_transposed, *around)
 
     def with_parts(self, parts: Mapping[str, Tensor], **changes: Any) -> "QuantTensor":
-        """The same weight over other parts; `changes` replace spec, stored_shape, dtype or is_transposed."""
+        """The same weight over other parts; `changes` replace spec, stored_shape, dtype, is_transposed, surroundings
+        or extras."""
         meta = {"spec": self.spec, "stored_shape": self.stored_shape, "dtype": self.dtype}
-        return QuantTensor(parts, **(meta | {"is_transposed": self.is_transposed} | changes))
+        around = {"is_transposed": self.is_transposed, "surroundings": self.surroundings, "extras": self.extras}
+        return QuantTensor(parts, **(meta | around | changes))
 
     def _each(self, function: Callable[[Tensor], Tensor], **changes: Any) -> "QuantTensor":
-        return self.with_parts({name: function(part) for name, part in self.parts.items()}, **changes)
+        extras = {name: function(extra) for name, extra in self.extras.items()}
+        return self.with_parts({name: function(part) for name, part in self.parts.items()}, extras=extras, **changes)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -141,9 +183,16 @@ class QuantTensor(torch.Tensor):
 
 
 def _rebuild(
-    parts: dict[str, Tensor], spec: str, shape: tuple[int, ...], dtype: torch.dtype, is_transposed: bool
+    parts: dict[str, Tensor],
+    spec: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    is_transposed: bool,
+    around: dict[str, Any] | None = None,
+    extras: dict[str, Tensor] | None = None,
 ) -> QuantTensor:
-    return QuantTensor(parts, WeightSpec.parse(spec), shape, dtype, is_transposed)
+    surroundings = Surroundings.from_json(around or {})
+    return QuantTensor(parts, WeightSpec.parse(spec), shape, dtype, is_transposed, surroundings, extras)
 
 
 torch.serialization.add_safe_globals([_rebuild])
@@ -192,20 +241,33 @@ def _same_dtype(x: Tensor, weight: Tensor) -> None:
         )
 
 
+def _product(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    """x @ W.T + bias, with what is done around W."""
+    _same_dtype(x, weight)
+    parts, spec = list(weight.parts.values()), str(weight.spec)
+    if weight.surroundings.is_trivial:
+        plain: Tensor = ops.linear(x, parts, spec, bias)
+        return plain
+    x = apply(steps_before(weight.surroundings, weight.extras, x.dtype), x)
+    after = steps_after(weight.surroundings, weight.extras)
+    if not after:
+        return apply((), ops.linear(x, parts, spec, bias))
+    product = apply(after, ops.linear(x, parts, spec, None))
+    return product if bias is None else product + bias
+
+
 @_rule(_aten.linear.default)
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if isinstance(x, QuantTensor) or isinstance(bias, QuantTensor) or weight.is_transposed or weight.ndim != 2:
         return NotImplemented
-    _same_dtype(x, weight)
-    return ops.linear(x, list(weight.parts.values()), str(weight.spec), bias)
+    return _product(x, weight, bias)
 
 
 @_rule(_aten.mm.default)
 def _mm(x: Any, weight: Any) -> Any:
     if isinstance(x, QuantTensor) or not weight.is_transposed:
         return NotImplemented
-    _same_dtype(x, weight)
-    return ops.linear(x, list(weight.parts.values()), str(weight.spec), None)
+    return _product(x, weight, None)
 
 
 @_rule(_aten.addmm.default)
@@ -219,8 +281,7 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1)
         return NotImplemented
     if isinstance(x, QuantTensor) or not weight.is_transposed:
         return NotImplemented
-    _same_dtype(x, weight)
-    return ops.linear(x, list(weight.parts.values()), str(weight.spec), bias)
+    return _product(x, weight, bias)
 
 
 @_rule(_aten.bmm.default)
@@ -228,12 +289,15 @@ def _bmm(x: Any, weight: Any) -> Any:
     if isinstance(x, QuantTensor) or not weight.is_transposed:
         return NotImplemented
     _same_dtype(x, weight)
-    return ops.bmm(x, list(weight.parts.values()), str(weight.spec))
+    x = apply(steps_before(weight.surroundings, weight.extras, x.dtype), x)
+    return apply(
+        steps_after(weight.surroundings, weight.extras), ops.bmm(x, list(weight.parts.values()), str(weight.spec))
+    )
 
 
 @_rule(_aten.embedding.default)
 def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
-    if not isinstance(weight, QuantTensor) or weight.is_transposed:
+    if not isinstance(weight, QuantTensor) or weight.is_transposed or not weight.surroundings.keeps_weight:
         return NotImplemented
     return ops.embedding(ids, list(weight.parts.values()), str(weight.spec), list(weight.stored_shape), weight.dtype)
 
@@ -295,25 +359,36 @@ def _to_copy(weight: QuantTensor, *, dtype: torch.dtype | None = None, **kwargs:
 def _copy_(weight: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(weight, QuantTensor):
         return NotImplemented
-    if not isinstance(source, QuantTensor) or (source.spec, source.shape) != (weight.spec, weight.shape):
+    if not isinstance(source, QuantTensor) or _kind(source) != _kind(weight):
         raise PtqcError(
-            f"cannot copy {source!r} into {weight!r}: they must have one spec and shape; "
+            f"cannot copy {source!r} into {weight!r}: they must have one spec and shape and surroundings; "
             "quantize the source alike, or replace the parameter (load_state_dict(..., assign=True))"
         )
-    for name, part in weight.parts.items():
-        part.copy_(getattr(source, name), non_blocking)
+    for name, tensor in weight.tensors.items():
+        tensor.copy_(getattr(source, name), non_blocking)
     return weight
+
+
+def _kind(weight: QuantTensor) -> tuple[object, ...]:
+    return weight.spec, weight.shape, weight.surroundings
 
 
 def _taken(weight: QuantTensor, dim: int, index: Any) -> Any:
     """Index a stored weight along `dim` of its stored shape."""
     if weight.is_transposed and dim % weight.ndim >= weight.ndim - 2:
         return NotImplemented
-    taken = storage.take(weight.parts, weight.spec, weight.stored_shape, dim % weight.ndim, index)
+    dim %= weight.ndim
+    if dim >= weight.ndim - 2 and weight.surroundings.output_rotation is not None:
+        return NotImplemented
+    taken = storage.take(weight.parts, weight.spec, weight.stored_shape, dim, index)
     if taken is None:
         return NotImplemented
     parts, spec = taken
-    return weight.with_parts(parts, spec=spec, stored_shape=(*parts["codes"].shape[:-1], weight.stored_shape[-1]))
+    extras = {name: _aten.alias.default(extra) for name, extra in weight.extras.items()}
+    if weight.surroundings.order and dim < weight.ndim - 2:
+        extras["order"] = storage.index(weight.extras["order"], dim, index)
+    shape = (*parts["codes"].shape[:-1], weight.stored_shape[-1])
+    return weight.with_parts(parts, spec=spec, stored_shape=shape, extras=extras)
 
 
 @_rule(_aten.select.int)
@@ -364,7 +439,7 @@ def _index_select(weight: QuantTensor, dim: int, index: Tensor) -> Any:
 
 @_rule(_aten.is_pinned.default)
 def _is_pinned(weight: QuantTensor, device: Any = None) -> bool:
-    return all(part.is_pinned() for part in weight.parts.values())
+    return all(tensor.is_pinned() for tensor in weight.tensors.values())
 
 
 @_rule(_aten._pin_memory.default)
@@ -374,9 +449,9 @@ def _pin_memory(weight: QuantTensor, device: Any = None) -> QuantTensor:
 
 @_rule(_aten.equal.default)
 def _equal(a: Any, b: Any) -> Any:
-    if not (isinstance(a, QuantTensor) and isinstance(b, QuantTensor)) or a.spec != b.spec or a.shape != b.shape:
+    if not (isinstance(a, QuantTensor) and isinstance(b, QuantTensor)) or _kind(a) != _kind(b):
         return NotImplemented
-    return all(torch.equal(part, getattr(b, name)) for name, part in a.parts.items())
+    return all(torch.equal(tensor, getattr(b, name)) for name, tensor in a.tensors.items())
 
 
 def _like(func: Any) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from ptqc.errors import SpecError
 from ptqc.packing import PACKINGS, pack_linear, unpack_linear
 from ptqc.spec import SCALE_DTYPES, ScaleSpec, WeightSpec
 
-__all__ = ["Codes", "decode", "decode_scales", "encode", "part_layout", "part_names", "round_scale", "take"]
+__all__ = ["Codes", "decode", "decode_scales", "encode", "index", "part_layout", "part_names", "round_scale", "take"]
 
 Parts = dict[str, Tensor]
 
@@ -215,7 +215,7 @@ def _spread(scale: Tensor, spec: WeightSpec, shape: Sequence[int]) -> Tensor:
     return wide.repeat_interleave(spec.rows or out_features, dim=-2)[..., :out_features, :]
 
 
-def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], dim: int, index: Tensor | slice | int
+def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], dim: int, at: Tensor | slice | int
          ) -> tuple[Parts, WeightSpec] | None:  # fmt: skip
     """Parts and spec of the weight indexed along a dimension other than `in`; None if the spec cannot say it.
 
@@ -223,23 +223,24 @@ def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], di
     """
     if dim == len(shape) - 1 or (spec.rows != 1 and dim == len(shape) - 2):
         return None
-    if isinstance(index, int) and dim != 0:
+    if isinstance(at, int) and dim != 0:
         return None
     if not _is_nested(spec.scale):
-        return {name: _index(part, dim, index) for name, part in parts.items()}, spec
+        return {name: index(part, dim, at) for name, part in parts.items()}, spec
     scale, zero = decode_scales(parts, spec, shape)
     flat = replace(spec, scale=ScaleSpec(dtype="f32"))
-    taken = {"codes": _index(parts["codes"], dim, index), "scale": _index(scale, dim, index)}
+    taken = {"codes": index(parts["codes"], dim, at), "scale": index(scale, dim, at)}
     if spec.zero != "none":
-        taken["zero"] = _index(parts["zero"] if spec.zero == "int" or zero is None else zero, dim, index)
+        taken["zero"] = index(parts["zero"] if spec.zero == "int" or zero is None else zero, dim, at)
     return taken, flat
 
 
-def _index(part: Tensor, dim: int, index: Tensor | slice | int) -> Tensor:
+def index(part: Tensor, dim: int, at: Tensor | slice | int) -> Tensor:
+    """One part or extra, indexed along an axis that it has."""
     # Operators, not part[...]: Python indexing below the autograd keys fails in inference mode (torch 2.13).
-    if isinstance(index, Tensor):
-        return part.index_select(dim, index)
-    if isinstance(index, slice):
-        piece: Tensor = torch.ops.aten.slice.Tensor(part, dim, index.start, index.stop, index.step or 1)
+    if isinstance(at, Tensor):
+        return part.index_select(dim, at)
+    if isinstance(at, slice):
+        piece: Tensor = torch.ops.aten.slice.Tensor(part, dim, at.start, at.stop, at.step or 1)
         return piece
-    return part.select(dim, index)
+    return part.select(dim, at)

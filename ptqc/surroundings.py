@@ -14,6 +14,8 @@ operators, which eager code runs and lowering writes into the graph.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from ptqc import ops
 from ptqc.errors import SpecError
+from ptqc.hadamard import rotate, rotation_name
 from ptqc.spec import ActSpec
 
 __all__ = [
@@ -59,7 +62,10 @@ class Surroundings:
         return dataclasses.replace(self, act=ActSpec()).is_trivial
 
     def layout(self, stored_shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every extra of a weight of `stored_shape` [*lead, out, in]."""
+        """Shape and dtype of every extra of a weight of `stored_shape` [*lead, out, in].
+
+        Raises: SpecError if a rotation does not fit the shape.
+        """
         *lead, out_features, in_features = stored_shape
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "input_scale": ((in_features,), torch.float32),
@@ -68,6 +74,8 @@ class Surroundings:
             "output_signs": ((out_features,), torch.int8),
             "act_scale": ((), torch.float32),
         }
+        _check_rotation(self.input_rotation, in_features)
+        _check_rotation(self.output_rotation, out_features)
         return {name: layout[name] for name in self.extra_names}
 
     @property
@@ -114,6 +122,19 @@ _FORMS: dict[str, type] = {
     "output_rotation": str,
     "act": str,
 }
+
+
+_NAME = re.compile(r"had[0-9rx]{1,100}")
+
+
+def _check_rotation(name: str | None, channels: int) -> None:
+    """Refuse a rotation of another size before its matrices are made: the name may come from a hostile file."""
+    if name is None:
+        return
+    orders = [int(order) for order in re.findall(r"\d+", name)] if _NAME.fullmatch(name) else []
+    if not orders or math.prod(orders) != channels:
+        raise SpecError(f"{name!r} is no rotation of {channels} channels; use {rotation_name(channels)}")
+    rotate(torch.zeros(1, channels, device="cpu"), name)  # parses the name
 
 
 def check_extras(surroundings: Surroundings, extras: Mapping[str, Tensor], stored_shape: Sequence[int]) -> None:
