@@ -17,11 +17,13 @@ from ptqc.errors import SpecError, WeightError
 from ptqc.qtensor import QuantTensor
 from ptqc.registry import Registry
 from ptqc.spec import SCALE_DTYPES, WeightSpec
+from ptqc.surroundings import Surroundings, check_extras, stored_matrix, stored_statistics
 
 __all__ = ["METHODS", "Method", "hold_scales", "quantize_weight", "rows_at_once", "whole_row"]
 
 log = logging.getLogger("ptqc")
 
+_TRIVIAL = Surroundings()
 _WEIGHTS_AT_ONCE = 1 << 22
 """Weights handled at a time where rows are independent: bounds the float32 temporaries to a few times 16 MB."""
 
@@ -59,27 +61,37 @@ def quantize_weight(
     name: str = "weight",
     is_transposed: bool = False,
     statistics: Mapping[str, Tensor] | None = None,
+    surroundings: Surroundings = _TRIVIAL,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> QuantTensor:
     """Quantize one weight.
 
-    weight: [..., out, in] of any float dtype, or [..., in, out] with is_transposed. name: for messages. Scales that
-    float16 cannot hold are stored as float32 instead. The result has the weight's own shape and dtype.
+    weight: [..., out, in] of any float dtype, or [..., in, out] with is_transposed. name: for messages. statistics: of
+    its input. surroundings, extras: what shall be done around the stored matrix; weight and statistics are given
+    without, and carried over here. Scales that float16 cannot hold are stored as float32 instead. The result has the
+    weight's own shape and dtype.
 
-    Raises: WeightError for NaN or infinite values; SpecError if the spec does not fit the shape or the method.
+    Raises: WeightError for NaN or infinite values; SpecError if the spec does not fit the shape or the method, or the
+    extras do not fit the surroundings.
     """
     _check(weight, name)
+    extras = extras or {}
     matrix = weight.detach().mT if is_transposed else weight.detach()
     try:
         spec.groups(matrix.shape)
+        check_extras(surroundings, extras, matrix.shape)
     except SpecError as error:
         raise SpecError(f'cannot store "{name}" as {spec}: {error}') from None
+    with torch.no_grad():
+        matrix = stored_matrix(matrix, surroundings, extras)
+        statistics = stored_statistics(statistics or {}, surroundings, extras)
     spec = hold_scales(spec, float(matrix.abs().amax()), name)
     reason = method.refuses(spec)
     if reason is not None:
         raise SpecError(f'"{name}": {reason}')
     with torch.no_grad():
-        logical = _choose(matrix, method, spec, statistics or {})
-    return QuantTensor.from_codes(logical, spec, weight.dtype, is_transposed)
+        logical = _choose(matrix, method, spec, statistics)
+    return QuantTensor.from_codes(logical, spec, weight.dtype, is_transposed, surroundings, extras)
 
 
 def _check(weight: Tensor, name: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ptqc import ops
 from ptqc.errors import SpecError
-from ptqc.hadamard import rotate, rotation_name
+from ptqc.hadamard import rotate
 from ptqc.spec import ActSpec
 
 __all__ = [
@@ -64,7 +64,7 @@ class Surroundings:
     def layout(self, stored_shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every extra of a weight of `stored_shape` [*lead, out, in].
 
-        Raises: SpecError if a rotation does not fit the shape.
+        Raises: SpecError if a rotation is of another size.
         """
         *lead, out_features, in_features = stored_shape
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -128,13 +128,12 @@ _NAME = re.compile(r"had[0-9rx]{1,100}")
 
 
 def _check_rotation(name: str | None, channels: int) -> None:
-    """Refuse a rotation of another size before its matrices are made: the name may come from a hostile file."""
+    """Refuse a rotation of another size by its name alone: it may come from a hostile file, which claims any shape."""
     if name is None:
         return
     orders = [int(order) for order in re.findall(r"\d+", name)] if _NAME.fullmatch(name) else []
     if not orders or math.prod(orders) != channels:
-        raise SpecError(f"{name!r} is no rotation of {channels} channels; use {rotation_name(channels)}")
-    rotate(torch.zeros(1, channels, device="cpu"), name)  # parses the name
+        raise SpecError(f"{name!r} is no rotation of {channels} channels; `ptqc.hadamard` spells those there are")
 
 
 def check_extras(surroundings: Surroundings, extras: Mapping[str, Tensor], stored_shape: Sequence[int]) -> None:
@@ -153,6 +152,9 @@ def check_extras(surroundings: Surroundings, extras: Mapping[str, Tensor], store
         is_right, rule = _VALUES[name]
         if not extra.is_meta and not is_right(extra):
             raise SpecError(f"{name} must hold {rule}")
+    for name, signs in ((surroundings.input_rotation, "input_signs"), (surroundings.output_rotation, "output_signs")):
+        if name is not None and not extras[signs].is_meta:
+            rotate(extras[signs].float(), name)  # refuses what names no rotation
 
 
 def _is_permutation(order: Tensor) -> bool:

@@ -108,6 +108,8 @@ class _Carried:
 def _carried(weight: Tensor, kind: BlockType) -> _Carried | None:
     if not isinstance(weight, QuantTensor) or kind.grid is None or weight.is_transposed or weight.ndim != 2:
         return None
+    if not weight.surroundings.keeps_weight:
+        return None
     group = weight.spec.group or weight.shape[1]
     if weight.spec.rows != 1 or group % kind.weights or not _is_within(weight.spec, kind.grid):
         return None

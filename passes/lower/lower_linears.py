@@ -5,7 +5,8 @@
 3. matmul(x, t(W)), W stored [out, in]           -> kernel(x, parts, None)
 4. bmm(x, transpose(W)) of an expert stack       -> ptqc::bmm(x, parts)
 5. any other use of W                            -> ptqc::dequantize(parts), once, before its first such use
-It fires for every weight in `context.quantized` and for nothing else.
+What is done around a stored matrix (`ptqc.surroundings`) becomes nodes around the kernel, and around the dequantized
+matrix in rule 5. The pass fires for every weight in `context.quantized` and for nothing else.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ptqc import ops
 from ptqc.pipeline import Context, Pass
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import KernelRequest
+from ptqc.surroundings import Step, steps_after, steps_before, steps_undoing
 from ptqc.weights import function_name
 
 __all__ = ["LowerLinears"]
@@ -87,7 +89,8 @@ class _Weight:
         if self.stored.ndim == 3 and function_name(product) == "bmm":
             with self.module.graph.inserting_before(product):
                 parts = self._parts(list(self.stored.parts.values()))
-                self._replace(product, ops.bmm, (call.x, parts, str(self.stored.spec)))
+                made = self._call(ops.bmm, (self._before(call.x), parts, str(self.stored.spec)))
+                self._replace(product, self._after(made, None))
             return True
         return False
 
@@ -101,22 +104,49 @@ class _Weight:
         parts = list(self.stored.parts.values())
         with self.module.graph.inserting_before(user):
             nodes = self._parts(kernel.prepare(parts), kernel.target)
-            self._replace(user, kernel.call, (call.x, nodes, *kernel.arguments, call.bias))
+            is_rotated = self.stored.surroundings.output_rotation is not None
+            bias = None if is_rotated else call.bias
+            made = self._call(kernel.call, (self._before(call.x), nodes, *kernel.arguments, bias))
+            self._replace(user, self._after(made, call.bias if is_rotated else None))
 
-    def _replace(self, old: fx.Node, function: Any, arguments: tuple[Any, ...]) -> None:
-        new = self.module.graph.call_function(function, arguments)
+    def _call(self, function: Any, arguments: tuple[Any, ...]) -> fx.Node:
+        return self.module.graph.call_function(function, arguments)
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
         self.module.graph.erase_node(old)
+
+    def _before(self, x: fx.Node) -> fx.Node:
+        steps = steps_before(self.stored.surroundings, self.stored.extras, self.stored.dtype)
+        return self._steps(steps, x, "before")
+
+    def _after(self, product: fx.Node, bias: fx.Node | None) -> fx.Node:
+        product = self._steps(steps_after(self.stored.surroundings, self.stored.extras), product, "after")
+        return product if bias is None else self._call(torch.add, (product, bias))
+
+    def _steps(self, steps: Sequence[Step], value: fx.Node, place: str) -> fx.Node:
+        """Write steps into the graph; their tensors are registered under `place`."""
+        for index, step in enumerate(steps):
+            arguments = [
+                self._parts([given], f"{place}{index}")[0] if isinstance(given, Tensor) else given
+                for given in step.arguments
+            ]
+            value = self._call(step.function, (value, *arguments))
+        return value
 
     def _dequantize(self, users: Sequence[fx.Node]) -> None:
         order = {node: position for position, node in enumerate(self.module.graph.nodes)}
         with self.module.graph.inserting_before(min(users, key=order.__getitem__)):
             nodes = self._parts(list(self.stored.parts.values()))
-            arguments = (nodes, str(self.stored.spec), list(self.stored.stored_shape), self.stored.dtype)
-            plain = self.module.graph.call_function(ops.dequantize, arguments)
+            steps = steps_undoing(self.stored.surroundings, self.stored.extras)
+            dtype = torch.float32 if steps else self.stored.dtype
+            plain = self._call(ops.dequantize, (nodes, str(self.stored.spec), list(self.stored.stored_shape), dtype))
+            plain = self._steps(steps, plain, "undoing")
+            if dtype != self.stored.dtype:
+                plain = self._call(torch.ops.aten.to.dtype, (plain, self.stored.dtype))
             if self.stored.is_transposed:
-                plain = self.module.graph.call_function(torch.transpose, (plain, -1, -2))
+                plain = self._call(torch.transpose, (plain, -1, -2))
         plain.meta = {key: value for key, value in self.node.meta.items() if key != "tensor_dict"}
         for user in users:
             user.replace_input_with(self.node, plain)

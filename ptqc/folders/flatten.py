@@ -21,7 +21,7 @@ _KEY = "ptqc"
 
 
 def flatten_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split every quantized weight into its parts, named "<name>.<part>"; tied tensors are kept once.
+    """Split every quantized weight into its parts and extras, named "<name>.<part>"; tied tensors are kept once.
 
     Returns tensors and metadata, both as `safetensors.torch.save_file` takes them.
 
@@ -80,10 +80,10 @@ def parts_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         if isinstance(tensor, QuantTensor):
-            tensors |= {f"{name}.{part}": value for part, value in tensor.parts.items()}
+            tensors |= {f"{name}.{part}": value for part, value in tensor.tensors.items()}
         else:
             tensors[name] = tensor.detach()
-    if len(tensors) != sum(len(t.parts) if isinstance(t, QuantTensor) else 1 for t in state_dict.values()):
+    if len(tensors) != sum(len(t.tensors) if isinstance(t, QuantTensor) else 1 for t in state_dict.values()):
         raise CheckpointError("a part of a quantized weight has the name of another tensor; rename the module")
     return tensors
 

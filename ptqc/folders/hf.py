@@ -27,12 +27,13 @@ from ptqc.folders.safefile import read_safefile
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import make_rule
 from ptqc.sites import find_sites, select_sites
+from ptqc.surroundings import EXTRAS
 
 __all__ = ["PtqcConfig", "PtqcQuantizer", "attach"]
 
 log = logging.getLogger("ptqc")
 
-_PARTS = ("codes", "scale_outer", "scale_offset", "scale", "zero_outer", "zero")
+_PARTS = ("codes", "scale_outer", "scale_offset", "scale", "zero_outer", "zero", *EXTRAS)
 
 
 class PtqcConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -115,7 +116,9 @@ class PtqcQuantizer(HfQuantizer):  # type: ignore[misc]
         from transformers.core_model_loading import WeightConverter
 
         # The whole name is matched, since transformers replaces the first occurrence of what matched.
-        sources = [rf"^(.+)\.{part}$" for part in _PARTS]
+        layouts = (weight.layout(name) for name, weight in self._weights.items())
+        stored = {part.rpartition(".")[2] for layout in layouts for part in layout}
+        sources = [rf"^(.+)\.{part}$" for part in _PARTS if part in stored or not stored]
         return [WeightConverter(source_patterns=sources, target_patterns=[r"\1"], operations=[_Assemble(self)])]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,8 @@
      "weights": {"model.layers.0.mlp.up_proj.weight": {"spec": "int4g64", "shape": [1280, 512]}, ...}}
 
 A weight is stored as its parts, under "<name>.<part>". `shape` is [..., out, in] as stored; "transposed": true means
-that the parameter itself looks like [..., in, out]; "dtype" is given where it is not that of the manifest.
+that the parameter itself looks like [..., in, out]; "dtype" is given where it is not that of the manifest. "around"
+is given where something is done around the stored matrix (`ptqc.surroundings`), whose extras are stored like parts.
 """
 
 from collections import Counter
@@ -20,6 +21,7 @@ from ptqc.errors import CheckpointError, SpecError
 from ptqc.folders.safefile import Layout
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
+from ptqc.surroundings import Surroundings, check_extras
 
 __all__ = ["FLOAT_DTYPES", "METHOD", "Manifest", "StoredWeight", "manifest_of"]
 
@@ -33,17 +35,19 @@ FLOAT_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """How one weight is stored. shape: [..., out, in]. dtype: what it pretends to be."""
+    """How one weight is stored. shape: [..., out, in]. dtype: what it pretends to be. surroundings: what is done
+    around it."""
 
     spec: WeightSpec
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_transposed: bool = False
+    surroundings: Surroundings = field(default_factory=Surroundings)
 
     @staticmethod
     def of(weight: QuantTensor) -> "StoredWeight":
         """The description of a weight in memory."""
-        return StoredWeight(weight.spec, weight.stored_shape, weight.dtype, weight.is_transposed)
+        return StoredWeight(weight.spec, weight.stored_shape, weight.dtype, weight.is_transposed, weight.surroundings)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
@@ -51,12 +55,23 @@ class StoredWeight:
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.is_transposed else self.shape
 
     def layout(self, name: str) -> Layout:
-        """Shape and dtype of its parts, by their names in a checkpoint."""
-        return {f"{name}.{part}": stored for part, stored in storage.part_layout(self.spec, self.shape).items()}
+        """Shape and dtype of its parts and extras, by their names in a checkpoint."""
+        tensors = storage.part_layout(self.spec, self.shape) | self.surroundings.layout(self.shape)
+        return {f"{name}.{part}": stored for part, stored in tensors.items()}
 
     def build(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> QuantTensor:
-        """The weight from its parts. dtype: what it shall pretend to be instead."""
-        return QuantTensor(parts, self.spec, self.shape, dtype or self.dtype, self.is_transposed)
+        """The weight from its parts and extras. dtype: what it shall pretend to be instead.
+
+        Raises: CheckpointError for extras with impossible values.
+        """
+        extras = {name: parts[name] for name in self.surroundings.extra_names}
+        try:
+            check_extras(self.surroundings, extras, self.shape)
+        except SpecError as error:
+            raise CheckpointError(f"a weight in {self.spec} of shape {list(self.shape)}: {error}") from None
+        return QuantTensor(
+            parts, self.spec, self.shape, dtype or self.dtype, self.is_transposed, self.surroundings, extras
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,8 @@ def _row(weight: StoredWeight, usual: str) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": str(weight.spec), "shape": list(weight.shape)}
     if weight.is_transposed:
         row["transposed"] = True
+    if not weight.surroundings.is_trivial:
+        row["around"] = weight.surroundings.to_json()
     dtype = str(weight.dtype).removeprefix("torch.")
     return row if dtype == usual else row | {"dtype": dtype}
 
@@ -150,8 +167,9 @@ def _stored_weight(name: str, row: object, usual: object, where: str) -> StoredW
         known = ", ".join(FLOAT_DTYPES)
         raise CheckpointError(f"{where}: quantization_config gives {name} the dtype {dtype!r}; known are {known}")
     try:
-        weight = StoredWeight(WeightSpec.parse(row["spec"]), tuple(shape), FLOAT_DTYPES[dtype], is_transposed)
-        storage.part_layout(weight.spec, weight.shape)
+        spec, around = WeightSpec.parse(row["spec"]), Surroundings.from_json(row.get("around", {}))
+        weight = StoredWeight(spec, tuple(shape), FLOAT_DTYPES[dtype], is_transposed, around)
+        weight.layout(name)
     except SpecError as error:
         raise CheckpointError(f"{where}: {name}: {error}") from None
     return weight
