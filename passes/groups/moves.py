@@ -1,0 +1,111 @@
+"""Moves: operators that only put elements elsewhere, executed on index tensors by the very same ATen operator.
+
+Whatever the layout (fused projections, interleaved heads, grouped key and value heads, chunks), the result says where
+every element came from; there is no code per layout.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ptqc.program import value_of
+
+__all__ = ["KEEPS", "MOVES", "TAKES", "is_float", "moved", "operator_name", "shape_of", "taken", "taken_axes"]
+
+KEEPS = frozenset({"alias", "clone", "contiguous", "detach", "lift", "lift_fresh", "lift_fresh_copy", "view_as"})
+"""The same elements in the same places."""
+
+MOVES = frozenset(
+    {"_reshape_alias", "_unsafe_view", "channel_shuffle", "chunk", "constant_pad_nd", "diagonal", "expand", "flip",
+     "im2col", "movedim", "native_channel_shuffle", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat",
+     "repeat_interleave", "reshape", "roll", "rot90", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
+     "transpose", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes",
+     "unsqueeze", "view"} | KEEPS
+)  # fmt: skip
+"""One tensor in, its elements rearranged, repeated or left out; padding is zero."""
+
+TAKES = frozenset({"index", "index_select", "gather", "embedding"})
+"""Reads of rows that the data chooses."""
+
+_RESHAPES = frozenset({"_reshape_alias", "_unsafe_view", "reshape", "unflatten", "view"})
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name of the ATen operator of a node, without namespace and overload."""
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem:
+        return "getitem"
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return str(name).split(".")[0]
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """Shape of the value of a node, of the first one where there are several."""
+    value = value_of(node)
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    shape: torch.Size = first.shape
+    return shape
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the value of a node is a tensor of floating-point numbers."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def moved(node: fx.Node, labels: Tensor, padding: int) -> Any:
+    """The result of a move on another tensor in the place of its first argument. padding: what zeros become.
+
+    labels: the shape of the first argument. Returns a tensor, or a list where the operator does.
+    """
+    name = operator_name(node)
+    if name in KEEPS:
+        return labels
+    if name in _RESHAPES:
+        return labels.reshape(shape_of(node))
+    if name == "constant_pad_nd":
+        return torch.ops.aten.constant_pad_nd(labels, node.args[1], padding)
+    if name == "im2col":
+        return torch.ops.aten.im2col(labels.double() - padding, *node.args[1:]).to(labels.dtype) + padding
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return target(labels, *node.args[1:], **node.kwargs)
+
+
+def taken_axes(node: fx.Node) -> list[int]:
+    """The axes of the source along which a take reads what the data says, negative."""
+    name = operator_name(node)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rank = len(shape_of(source))
+    if name == "embedding":
+        return [-rank]
+    if name == "index":
+        indices: Any = node.args[1]
+        return [axis - rank for axis, index in enumerate(indices) if index is not None]
+    axis: Any = node.args[1]
+    return [axis - rank if axis >= 0 else axis]
+
+
+def taken(node: fx.Node, labels: Tensor) -> Tensor:
+    """The result of a take on labels that do not vary along its axes (any size there). The result's shape."""
+    name = operator_name(node)
+    shape = shape_of(node)
+    if name == "embedding":
+        return labels.narrow(0, 0, 1).squeeze(0).expand(shape)
+    for axis in taken_axes(node):
+        labels = labels.narrow(axis, 0, 1)
+    if name == "index":
+        indices: Any = node.args[1]
+        ranks = [None if index is None else len(shape_of(index)) for index in indices]
+        zeros = [None if rank is None else torch.zeros((1,) * rank, dtype=torch.int64) for rank in ranks]
+        result: Tensor = torch.ops.aten.index(labels, zeros)
+        return result.expand(shape)
+    if name == "gather":
+        for axis, size in enumerate(shape):
+            if labels.shape[axis] > size:
+                labels = labels.narrow(axis, 0, size)
+    return labels.expand(shape)
