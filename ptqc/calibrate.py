@@ -1,30 +1,36 @@
 """Calibration data in any form a user has it, as a list of model inputs.
 
     "docs", "code", a path      documents of an embedded text or a file (`ptqc.texts.read_documents`): packed
+    "name", "name:config"       documents of a data set of the `datasets` library: packed
     strings                     documents: packed
+    lists of messages           conversations, documents by the tokenizer's chat template: packed
+    mappings with `column`      rows of a data set, documents: packed; "messages" and "conversations" without `column`
     a tensor [tokens]           one long text of token ids: packed
     a tensor [rows, tokens]     a batch, taken as it is
     a mapping                   inputs of the model by name, a batch, taken as it is
     any iterable of tensors     (a list, a DataLoader, a generator) a batch each, taken as they are;
     lists of ids or mappings    [tokens] becomes [1, tokens], and (tensor,) the tensor
 
-Packing: documents are tokenized, joined in order with the tokenizer's end-of-sequence token between them (where it
-has one), and cut into windows that do not overlap, one a batch. What does not fill the last window is cut off. Cuts
-are logged with their size.
+Packing is described in `ptqc.windows`. Where there is more than the limit, windows and the batches of a list are drawn
+at seeded random; of what can only be iterated over, the first are taken. What is left out is logged with its size.
 """
 
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptqc.conversations import COLUMNS, is_conversation, render
 from ptqc.errors import PtqcError
-from ptqc.texts import read_documents, tokenize
+from ptqc.texts import EMBEDDED, Document, read_any_dataset, read_any_documents
+from ptqc.windows import draw, pack, pack_texts
 
-__all__ = ["batches"]
+__all__ = ["batches", "fingerprint", "shard"]
 
 log = logging.getLogger("ptqc")
 
@@ -32,39 +38,92 @@ Batch = dict[str, Tensor]
 
 
 def batches(
-    calibration: Any, tokenizer: Any = None, *, window: int = 512, limit: int | None = 128, column: str = "text"
+    calibration: Any,
+    tokenizer: Any = None,
+    *,
+    window: int = 512,
+    limit: int | None = 128,
+    seed: int = 0,
+    column: str = "text",
+    split: str = "train",
 ) -> list[Batch]:
     """Turn calibration data into batches of model inputs by name.
 
     calibration: one of the forms above. tokenizer: a transformers tokenizer, for text. window: tokens of a packed
-    window. limit: batches to take at most (None: all). column: the field of .jsonl and .parquet files.
+    window. limit: batches to take at most (None: all). seed: which ones. column: the field of .jsonl and .parquet
+    files and data sets; split: of data sets.
 
     Raises: PtqcError for data that is empty, shorter than a window, or of no known form.
     """
     if limit is not None and limit < 1:
         raise PtqcError(f"at least one calibration batch is needed, not {limit}")
+
+    def packed(documents: Sequence[Document]) -> list[Batch]:
+        return _rows(pack_texts(render(documents, tokenizer), tokenizer, window, limit, seed))
+
     if isinstance(calibration, (str, Path)):
-        return _pack_texts(read_documents(calibration, column), tokenizer, window, limit)
+        return packed(_read(calibration, column, split))
     if isinstance(calibration, Tensor) and calibration.ndim == 1:
-        return _pack(_token_ids(calibration), window, limit)
+        return _rows(pack(_token_ids(calibration), window, limit, seed))
     if isinstance(calibration, (Tensor, Mapping)):
         return [_batch(calibration)]
     if not isinstance(calibration, Iterable):
         raise PtqcError(f"calibration data cannot be a {type(calibration).__name__}; {_FORMS}")
-    items = _take(calibration, limit)
-    if all(isinstance(item, str) for item in items):
-        return _pack_texts(items, tokenizer, window, limit)
-    return [_batch(item) for item in items]
+    if is_conversation(calibration):
+        return packed([list(calibration)])
+    items = _take(calibration, limit, column)
+    documents = [document for document in (_document(item, column) for item in items) if document is not None]
+    if len(documents) == len(items):
+        return packed(documents)
+    return [_batch(item) for item in draw(items, limit, seed, "batches")]
 
 
-_FORMS = "use strings with a tokenizer, token tensors, dicts of model inputs, an iterable of those, or a file"
+_FORMS = (
+    "use strings or conversations with a tokenizer, token tensors, dicts of model inputs, an iterable of those, "
+    "a file, or the name of a data set"
+)
+_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_FILES = frozenset({".txt", ".md", ".json", ".jsonl", ".parquet", ".csv", ".gz", ".zst", ".arrow", ".py"})
 
 
-def _take(calibration: Iterable[Any], limit: int | None) -> list[Any]:
-    """The items of an iterable: all documents, but no more than `limit` batches."""
+def shard(batches: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """This process's share of the batches with their numbers: every world-th one under torchrun, else all."""
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return list(enumerate(batches))[rank::world]
+
+
+def fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of batches: names, types, shapes and values, in order. Equal data has equal fingerprints anywhere."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            value = torch.as_tensor(batch[name]).detach().cpu().contiguous()
+            digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _read(source: str | Path, column: str, split: str) -> list[Document]:
+    """Documents of an embedded text or a file, or of a data set where the source looks like the name of one."""
+    return read_any_dataset(str(source), split, column) if _is_data_set(source) else read_any_documents(source, column)
+
+
+def _is_data_set(source: str | Path) -> bool:
+    text = str(source)
+    if isinstance(source, Path) or text in EMBEDDED or len(text) > 200 or not _DATASET.fullmatch(text):
+        return False
+    return Path(text).suffix not in _FILES and not Path(text).exists()
+
+
+def _take(calibration: Iterable[Any], limit: int | None, column: str) -> list[Any]:
+    """The items of an iterable: all documents and all of a list, but of other iterables no more batches than needed."""
     items: list[Any] = []
+    is_list = isinstance(calibration, (list, tuple))
     for item in calibration:
-        if limit is not None and len(items) >= limit and not isinstance(item, str):
+        if limit is not None and len(items) >= limit and not is_list and _document(item, column) is None:
             log.warning("calibration: stopped after %d batches; raise the limit to use more", limit)
             break
         items.append(item)
@@ -73,37 +132,20 @@ def _take(calibration: Iterable[Any], limit: int | None) -> list[Any]:
     return items
 
 
-def _pack_texts(documents: list[str], tokenizer: Any, window: int, limit: int | None) -> list[Batch]:
-    if tokenizer is None:
-        raise PtqcError("calibration text needs the model's tokenizer (tokenizer=...)")
-    kept = [document for document in documents if document.strip()]
-    if len(kept) < len(documents):
-        log.info("calibration: %d of %d documents are empty", len(documents) - len(kept), len(documents))
-    enough = None if limit is None else limit * window
-    end = getattr(tokenizer, "eos_token_id", None)
-    pieces: list[Tensor] = []
-    tokens = 0
-    for number, document in enumerate(kept):
-        if enough is not None and tokens >= enough:
-            log.info("calibration: %d windows are full, %d documents not read", limit, len(kept) - number)
-            break
-        if pieces and end is not None:
-            pieces.append(torch.tensor([end]))
-        pieces.append(tokenize(document, tokenizer, None if enough is None else enough - tokens))
-        tokens = sum(len(piece) for piece in pieces)
-    return _pack(torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64), window, limit)
+def _document(item: Any, column: str) -> Document | None:
+    """The item as a document, None if it is none."""
+    if isinstance(item, str):
+        return item
+    if is_conversation(item):
+        return list(item)
+    if not isinstance(item, Mapping):
+        return None
+    found = next((item[name] for name in (column, *COLUMNS) if name in item), None)
+    return None if isinstance(found, Mapping) or found is item else _document(found, column)
 
 
-def _pack(ids: Tensor, window: int, limit: int | None) -> list[Batch]:
-    if len(ids) < window:
-        raise PtqcError(
-            f"the calibration data has {len(ids)} tokens, one window takes {window}; give more, "
-            "or batches of your own (tensors [rows, tokens]), which are taken as they are"
-        )
-    count = min(len(ids) // window, limit or len(ids))
-    if len(ids) > count * window:
-        log.info("calibration: %d windows of %d tokens, %d tokens cut off", count, window, len(ids) - count * window)
-    return [{"input_ids": row[None]} for row in ids[: count * window].view(count, window)]
+def _rows(windows: Iterable[Tensor]) -> list[Batch]:
+    return [{"input_ids": window[None]} for window in windows]
 
 
 def _token_ids(ids: Tensor) -> Tensor:

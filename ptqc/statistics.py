@@ -155,6 +155,17 @@ class Statistics:
     def _kind(self) -> tuple[Any, ...]:
         return self.features, self.experts, sorted(self.wanted), self.seed
 
+    def restricted(self, wanted: Collection[str]) -> "Statistics":
+        """The same sums, of fewer statistics; nothing is copied."""
+        kept = Statistics(self.features, (), experts=self.experts, seed=self.seed, device=self.device)
+        kept.wanted = self.wanted & frozenset(wanted)
+        kept.count, kept.absmax = self.count, self.absmax
+        kept.sum_abs = self.sum_abs if "mean_abs" in wanted else None
+        kept.sum = self.sum if "mean" in wanted else None
+        kept.product = self.product if "hessian" in wanted else None
+        kept.reservoirs = self.reservoirs if kept.wanted & {"rows", "percentile"} else []
+        return kept
+
     def empty(self) -> "Statistics":
         """An accumulator of the same kind that has seen nothing."""
         return Statistics(self.features, self.wanted, experts=self.experts, seed=self.seed, device=self.device)

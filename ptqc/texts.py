@@ -7,8 +7,9 @@ Both are the same on every machine with the same Python version, and need no dow
 """
 
 import json
+import logging
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -16,9 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptqc.conversations import COLUMNS, Conversation, is_conversation
 from ptqc.errors import PtqcError
 
-__all__ = ["EMBEDDED", "code", "docs", "read_dataset", "read_documents", "tokenize"]
+__all__ = [
+    "EMBEDDED",
+    "Document",
+    "code",
+    "docs",
+    "pieces",
+    "read_any_dataset",
+    "read_any_documents",
+    "read_dataset",
+    "read_documents",
+    "tokenize",
+]
+
+log = logging.getLogger("ptqc")
+
+Document = str | Conversation
+"""A text, or a list of messages."""
 
 _CODE_FILES = (
     "argparse.py", "ast.py", "base64.py", "bisect.py", "calendar.py", "cmd.py", "codecs.py", "configparser.py",
@@ -53,10 +71,20 @@ EMBEDDED: dict[str, Callable[[], str]] = {"docs": docs, "code": code}
 
 
 def read_documents(source: str | Path, column: str = "text") -> list[str]:
-    """The documents of an embedded text ("docs", "code"), or of a file.
+    """The texts of an embedded text ("docs", "code"), or of a file.
 
     .jsonl holds an object a line and .parquet a table: the field `column` of each is a document. Any other file is
     one document of UTF-8 text.
+
+    Raises: PtqcError naming the file and what is wrong with it.
+    """
+    return _texts(read_any_documents(source, column), str(source))
+
+
+def read_any_documents(source: str | Path, column: str = "text") -> list[Document]:
+    """Like `read_documents`, where documents may be conversations.
+
+    Rows that lack `column` may have a list of messages in "messages" or "conversations".
 
     Raises: PtqcError naming the file and what is wrong with it.
     """
@@ -67,9 +95,16 @@ def read_documents(source: str | Path, column: str = "text") -> list[str]:
         known, shown = ", ".join(EMBEDDED), str(source) if len(str(source)) < 80 else f"{str(source)[:77]}..."
         raise PtqcError(f"no text {shown!r}: neither a file nor one of the embedded texts ({known})")
     documents = _READERS.get(path.suffix.lower(), _read_plain)(path, column)
-    if not any(document.strip() for document in documents):
+    if not any(not isinstance(document, str) or document.strip() for document in documents):
         raise PtqcError(f"{path} holds no text")
     return documents
+
+
+def _texts(documents: list[Document], origin: str) -> list[str]:
+    texts = [document for document in documents if isinstance(document, str)]
+    if len(texts) < len(documents):
+        raise PtqcError(f"{origin} holds conversations, and a text is needed; name a column of texts")
+    return texts
 
 
 def _is_file(path: Path) -> bool:
@@ -79,30 +114,42 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read_plain(path: Path, column: str) -> list[str]:
+def _read_plain(path: Path, column: str) -> list[Document]:
+    return [_text_of(path)]
+
+
+def _text_of(path: Path) -> str:
     try:
-        return [path.read_text(encoding="utf-8")]
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PtqcError(f"{path} is no UTF-8 text: byte {error.start} ({error.reason})") from None
 
 
-def _read_jsonl(path: Path, column: str) -> list[str]:
-    lines = _read_plain(path, column)[0].splitlines()
+def _read_jsonl(path: Path, column: str) -> list[Document]:
+    lines = _text_of(path).splitlines()
     return [_field(path, number, line, column) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _field(path: Path, number: int, line: str, column: str) -> str:
+def _field(path: Path, number: int, line: str, column: str) -> Document:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise PtqcError(f"{path}, line {number} is no JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise PtqcError(f"{path}, line {number} has no text in {column!r} (found: {found})")
-    return str(row[column])
+    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    value = row.get(_column(row, column)) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        return value
+    if is_conversation(value):
+        return list(value or ())
+    raise PtqcError(f"{path}, line {number} has no text in {column!r} (found: {found})")
 
 
-def _read_parquet(path: Path, column: str) -> list[str]:
+def _column(names: Collection[str], column: str) -> str:
+    """The column that is read: the one asked for, or one of conversations where that is not there."""
+    return column if column in names else next((name for name in COLUMNS if name in names), column)
+
+
+def _read_parquet(path: Path, column: str) -> list[Document]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -111,23 +158,35 @@ def _read_parquet(path: Path, column: str) -> list[str]:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:
         raise PtqcError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
-    return _strings(table.to_pydict(), column, str(path))
+    name = _column(table.column_names, column)
+    if name not in table.column_names:
+        raise PtqcError(f"{path} has no column {column!r}; it has {', '.join(table.column_names) or 'none'}")
+    return _documents(table.column(name).to_pylist(), str(path))
 
 
-_READERS: dict[str, Callable[[Path, str], list[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[[Path, str], list[Document]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _strings(columns: dict[str, list[Any]], column: str, origin: str) -> list[str]:
-    if column not in columns:
-        raise PtqcError(f"{origin} has no column {column!r}; it has {', '.join(columns) or 'none'}")
-    return [str(value) for value in columns[column] if value is not None]
+def _documents(values: Iterable[Any], origin: str) -> list[Document]:
+    found = list(values)
+    kept: list[Document] = [
+        list(value) if is_conversation(value) else str(value) for value in found if value is not None
+    ]
+    if len(kept) < len(found):
+        log.info("%s: %d of %d documents are null", origin, len(found) - len(kept), len(found))
+    return kept
 
 
 def read_dataset(name: str, split: str = "test", column: str = "text") -> list[str]:
-    """One column of a data set that the `datasets` library knows; "name:config" picks a configuration.
+    """One column of texts of a data set that the `datasets` library knows; "name:config" picks a configuration.
 
     Raises: PtqcError if it is not installed, or cannot find or download the data.
     """
+    return _texts(read_any_dataset(name, split, column), f"data set {name!r}")
+
+
+def read_any_dataset(name: str, split: str = "test", column: str = "text") -> list[Document]:
+    """Like `read_dataset`, where documents may be conversations ("messages" or "conversations" without `column`)."""
     try:
         import datasets
     except ImportError:
@@ -138,9 +197,10 @@ def read_dataset(name: str, split: str = "test", column: str = "text") -> list[s
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PtqcError(f"cannot read split {split!r} of the data set {name!r}: {reason}") from None
-    if column not in data.column_names:
+    found = _column(data.column_names, column)
+    if found not in data.column_names:
         raise PtqcError(f"data set {name!r} has no column {column!r}; it has {', '.join(data.column_names)}")
-    return _strings({column: list(data[column])}, column, name)
+    return _documents(data[found], name)
 
 
 def tokenize(text: str, tokenizer: Any, limit: int | None = None) -> Tensor:
@@ -150,14 +210,15 @@ def tokenize(text: str, tokenizer: Any, limit: int | None = None) -> Tensor:
     that end at line ends, so that ids do not depend on the limit.
     """
     ids: list[int] = []
-    for piece in _pieces(text):
+    for piece in pieces(text):
         ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if limit is not None and len(ids) >= limit:
             break
     return torch.tensor(ids[:limit], dtype=torch.int64)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of a few hundred thousand characters that end at line ends."""
     held: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

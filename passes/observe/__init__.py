@@ -1,0 +1,1 @@
+"""Observing passes: what the inputs of weights look like on calibration data."""
