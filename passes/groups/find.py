@@ -1,7 +1,7 @@
 """Scale groups of a model, found and proved on its graphs (see `ptqc.groups`).
 
 Every producer is scaled on paper and followed (`ptqc.passes.groups.propagate`). What is left of its channels, and the
-weights that have to scale against them, is a fold: exact, since every use of every parameter that changes was looked at.
+weights that have to scale against them, is a fold: exact, since every use of every parameter that changes was seen.
 Weights that no fold reaches keep their scale as a multiply at run time, or are refused, with the reason.
 """
 

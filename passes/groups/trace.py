@@ -156,8 +156,9 @@ class Trace:
         shape = shape_of(node)
         left, right = self.labels_of(one, a, len(shape)), self.labels_of(other, b, len(shape))
         if a is not None and b is not None and a.degree != b.degree:
-            self.kill(left, node, "two powers of the scale meet")
-            self.kill(right, node, "two powers of the scale meet")
+            reason = "passes through a sum of two powers, which is not positively homogeneous"
+            self.kill(left, node, reason)
+            self.kill(right, node, reason)
             return None
         degree = a.degree if a is not None else b.degree  # type: ignore[union-attr]
         differs = disagreeing(left, right)
@@ -166,6 +167,8 @@ class Trace:
                 other, right, left, degree, node
             )
             if not asked:
+                if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+                    reason = "meets a number in a sum or comparison, which is not positively homogeneous"
                 for side in (left, right):
                     self.kill(side.expand(differs.shape)[differs], node, reason)
         merged = self.channels.cleaned(torch.maximum(left, right).expand(shape))

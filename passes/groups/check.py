@@ -1,0 +1,145 @@
+"""Checks of folds: the model before and after, in float64.
+
+Every operator runs in float64, casts to float32 inside the model included, by a dispatch mode below PyTorch: the same
+for a captured graph and for a model run eagerly, so that a check also covers what capture did not see. A correct fold
+agrees to 1e-9 and better; a wrong one is off by the order of the scale. An operator that has no float64 kernel runs in
+its own type, and the tolerance is that type's (`attainable`).
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptqc.groups import ScaledParameter, ScaleGroup, rescaled
+from ptqc.program import Program
+
+__all__ = ["Float64", "check_fold", "float64_outputs", "folded", "verify"]
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Float64(TorchDispatchMode):
+    """Runs every operator in float64. as_is: names of operators that could not be, and ran in their own type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.as_is: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide_args, wide_kwargs = pytree.tree_map(_widened, (args, kwargs or {}))
+        try:
+            return func(*wide_args, **wide_kwargs)
+        except (RuntimeError, NotImplementedError):
+            self.as_is.add(str(func))
+            narrow = pytree.tree_map(_narrowed, (args, kwargs or {}))
+            return pytree.tree_map(_widened, func(*narrow[0], **narrow[1]))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _NARROW else value
+    if isinstance(value, Tensor) and value.dtype in _NARROW:
+        return value.double()
+    return value
+
+
+def _narrowed(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+
+
+def float64_outputs(
+    program: Program, batch: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """Outputs of a graph run in float64. values: other tensors for parameters, by name.
+
+    Raises KeyError if the graph takes values of an earlier one (use `verify`).
+    """
+    wide = [_widened(argument) for argument in program.arguments(batch, values)]
+    with torch.no_grad(), Float64():
+        found = program.module(*wide)
+    return [value for value in pytree.tree_leaves(found) if isinstance(value, Tensor)]
+
+
+def folded(parameters: Mapping[str, Tensor], group: ScaleGroup, scale: Tensor) -> dict[str, Tensor]:
+    """The parameters that a fold changes, in float64, by name. parameters: current values. scale: [channels]."""
+    entries: Sequence[ScaledParameter] = (*group.producer, *group.consumers)
+    changed: dict[str, Tensor] = {}
+    for entry in entries:
+        now = changed.get(entry.name, parameters[entry.name]).detach().double()
+        changed[entry.name] = rescaled(now, entry, scale)
+    return changed
+
+
+def check_fold(program: Program, batch: Mapping[str, Tensor], group: ScaleGroup, scale: Tensor) -> float:
+    """The largest relative change of the outputs of a graph when a group is scaled. scale: [channels], positive."""
+    parameters = {program.names[node]: value for node, value in program.parameters.items()}
+    before = float64_outputs(program, batch)
+    after = float64_outputs(program, batch, folded(parameters, group, scale))
+    return _change(before, after)
+
+
+def verify(
+    model: nn.Module, batch: Mapping[str, Any], groups: Sequence[ScaleGroup], scales: Sequence[Tensor]
+) -> list[float]:
+    """The largest relative change of the outputs of the eager model, for each group folded on its own.
+
+    The model is copied in float64 and not changed. It needs no graph: what dynamo could not capture is covered too.
+    """
+    wide = copy.deepcopy(model).double()
+    inputs = pytree.tree_map(_widened, dict(batch))
+    before = _eager(wide, inputs)
+    return [
+        _change(before, _with_fold(wide, inputs, group, scale)) for group, scale in zip(groups, scales, strict=True)
+    ]
+
+
+def _with_fold(wide: nn.Module, inputs: dict[str, Any], group: ScaleGroup, scale: Tensor) -> list[Tensor]:
+    parameters = dict(wide.named_parameters(remove_duplicate=False))
+    changed = folded(parameters, group, scale)
+    kept = {name: parameters[name].data.clone() for name in changed}
+    try:
+        for name, value in changed.items():
+            parameters[name].data.copy_(value)
+        return _eager(wide, inputs)
+    finally:
+        for name, value in kept.items():
+            parameters[name].data.copy_(value)
+
+
+def _eager(wide: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad(), Float64():
+        found = wide(**inputs)
+    return list(_tensors(found))
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    """Floating-point tensors in anything a model returns."""
+    if isinstance(found, Tensor):
+        if found.is_floating_point():
+            yield found.double()
+    elif isinstance(found, Mapping):
+        for value in found.values():
+            yield from _tensors(value)
+    elif isinstance(found, (list, tuple)):
+        for value in found:
+            yield from _tensors(value)
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest of the relative changes, max |a - b| over max |a|; infinite if something became NaN."""
+    worst = 0.0
+    for one, other in zip(before, after, strict=True):
+        finite = torch.isfinite(one)
+        if not one.numel() or not bool(finite.any()):
+            continue
+        if not torch.equal(finite, torch.isfinite(other)):
+            return float("inf")
+        size = float(one[finite].abs().max())
+        worst = max(worst, float((one[finite] - other[finite]).abs().max()) / (size or 1.0))
+    return worst
