@@ -149,4 +149,7 @@ def _one_stage(
         done += 1
         on_progress(f"quantizing {name}", done, len(jobs))
 
+    def statistics(name: str) -> Mapping[str, Tensor]:
+        return recorder.statistics(named[name]) if named[name] in wanted else {}
+
     Stage(jobs, groups, weights, statistics, report, check, on_weight).run()
