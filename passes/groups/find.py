@@ -158,7 +158,8 @@ def _first(fold: _Fold, places: Mapping[int, _Place]) -> int:
 
 def _group(fold: _Fold, parameters: Mapping[int, _Parameter], places: Mapping[int, _Place]) -> ScaleGroup:
     number = torch.where(fold.live, fold.live.cumsum(0) - 1, -1)
-    consumers, producer = [], []
+    consumers: list[ScaledParameter] = []
+    producer: list[ScaledParameter] = []
     degree = -fold.consumers[0].degree
     order = sorted(fold.channels.seeds.values(), key=lambda seed: places.get(seed.key, ((-1, 0), None))[0])
     for seed in order:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 from sympy import Max, Min, Piecewise, Rational
 
 __all__ = ["POINTWISE", "degree", "degree_of"]

@@ -106,7 +106,7 @@ def _pointwise(trace: Trace, node: fx.Node) -> Result:
     numbers = tuple(node.args[1:])
     power: Fraction | None = None
     if all(number is None or isinstance(number, (int, float)) for number in numbers):
-        power = degree_of(name, () if name == "gelu" else numbers)  # type: ignore[arg-type]
+        power = degree_of(name, () if name == "gelu" else numbers)
     if power is None:
         trace.kill_inputs(node, f"passes through {name}, which is not positively homogeneous")
         return None
