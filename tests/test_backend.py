@@ -13,6 +13,7 @@ from ptqc.backend import kept_weights, stored_weights
 from ptqc.errors import PtqcError
 from ptqc.methods import METHODS
 from ptqc.qtensor import QuantTensor
+from tests.surrounded import KINDS, surrounded
 
 
 class Block(nn.Module):
@@ -194,3 +195,25 @@ def test_stored_weights_are_quant_tensors():
     with torch.no_grad():
         torch.compile(model, backend="ptqc", options=OPTIONS)(torch.randn(2, 64))
     assert all(isinstance(weight, QuantTensor) for weight in stored_weights(model).values())
+
+
+class Fan(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(64, 96) for _ in KINDS)
+        for linear, kind in zip(self.linears, KINDS, strict=True):
+            linear.weight = nn.Parameter(surrounded(kind, (96, 64))[1], requires_grad=False)
+
+    def forward(self, x):
+        return torch.cat([linear(x) for linear in self.linears], -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_surrounded_weights_compile_to_what_they_are_in_eager(needs_grad):
+    model, x = Fan(), torch.randn(2, 5, 64, requires_grad=needs_grad)
+    eager, compiled = model(x), torch.compile(model, backend="ptqc", fullgraph=True)(x)
+    assert (compiled - eager).norm() / eager.norm() < 1e-5
+    if needs_grad:
+        (towards_x,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (compiled, eager))
+        assert (towards_x - expected).norm() / expected.norm() < 1e-5

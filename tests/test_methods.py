@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +12,8 @@ from ptqc import methods
 from ptqc.errors import SpecError, WeightError
 from ptqc.methods import METHODS, hold_scales, quantize_weight, rows_at_once, whole_row
 from ptqc.spec import WeightSpec
+from ptqc.surroundings import stored_matrix, stored_statistics
+from tests.surrounded import extras_for, surroundings
 
 RTN = METHODS.get("rtn")()
 
@@ -125,3 +127,34 @@ def test_what_a_method_sees_at_once(spec, seen, monkeypatch):
 
 def test_whole_row():
     assert [whole_row(group, 64) for group in (None, -1, 32)] == [64, None, 32]
+
+
+class Recording:
+    """Rounds to nearest in a turned order, and keeps what it was given."""
+
+    needs = frozenset({"hessian"})
+
+    def refuses(self, spec):
+        return None
+
+    def choose(self, weight, spec, statistics):
+        self.weight, self.statistics = weight, statistics
+        order = torch.arange(weight.shape[-1]).flip(0)
+        return replace(RTN.choose(weight[:, order].contiguous(), spec, {}), order=order)
+
+
+def test_a_method_sees_the_stored_matrix_and_its_order_is_kept(seeded):
+    weight, rows, kind = torch.randn(96, 64, generator=seeded), torch.randn(50, 64, generator=seeded), "everything"
+    around = surroundings(kind, weight.shape)
+    extras, method = extras_for(around, weight.shape), Recording()
+    statistics = {"hessian": rows.T @ rows / 50}
+    stored = quantize_weight(
+        weight, method, parse("int8g32"), statistics=statistics, surroundings=around, extras=extras
+    )
+    torch.testing.assert_close(method.weight, stored_matrix(weight, around, extras))
+    moved = stored_statistics(statistics, around, extras)
+    torch.testing.assert_close(method.statistics["hessian"], moved["hessian"])
+    assert torch.equal(stored.extras["order"], extras["order"].flip(0))
+    assert (stored.dequantize() - weight).norm() / weight.norm() < 0.02
+    with pytest.raises(SpecError, match=r'cannot store "w" as int8g32: the surroundings .* need the extras'):
+        quantize_weight(weight, method, parse("int8g32"), name="w", surroundings=around)

@@ -55,3 +55,26 @@ def test_embedding_reads_rows(name):
     weight, ids = stored((50, 128), name), torch.tensor([[3, 49], [0, 3]])
     got = ops.embedding(ids, list(weight.parts.values()), name, [50, 128], torch.float32)
     assert torch.equal(got, weight.dequantize()[ids])
+
+
+def test_opcheck_of_what_stands_around(seeded):
+    x = torch.randn(3, 5, 96, generator=seeded, requires_grad=True)
+    torch.library.opcheck(ops.hadamard, (x, "had12x8"))
+    torch.library.opcheck(ops.hadamard_back, (x.detach().mT.contiguous().mT.requires_grad_(), "had12x8"))
+    torch.library.opcheck(ops.fake_quantize, (x, "int8-token-outlier2", None))
+    torch.library.opcheck(ops.fake_quantize, (x, "fp8e4m3-tensor-static", torch.tensor(0.1)))
+    torch.library.opcheck(ops.fake_quantize, (x, "float", None))
+
+
+def test_rotations_invert_each_other_and_are_their_derivatives(seeded):
+    x = torch.randn(2, 12, generator=seeded, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ops.hadamard_back(ops.hadamard(x, "had12"), "had12"), x)
+    assert torch.autograd.gradcheck(lambda x: ops.hadamard(x, "had12"), (x,))
+    assert torch.autograd.gradcheck(lambda x: ops.hadamard_back(x, "had12"), (x,))
+    assert ops.hadamard(x.new_empty(0, 12), "had12").shape == (0, 12)
+
+
+def test_quantization_of_inputs_is_straight_through(seeded):
+    x, grad = torch.randn(4, 8, generator=seeded, requires_grad=True), torch.randn(4, 8, generator=seeded)
+    ops.fake_quantize(x, "int8-token", None).backward(grad)
+    assert torch.equal(x.grad, grad)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from ptqc.errors import PtqcError
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
+from ptqc.storage import Codes
+from ptqc.surroundings import Surroundings, apply, steps_before, steps_undoing
+from tests.surrounded import KINDS, surrounded
 
 
 def stored(shape, name="int4g32", is_transposed=False, dtype=torch.float32):
@@ -256,3 +260,113 @@ def test_lora_on_top_trains_and_leaves_the_base_alone(reference_model):
     after = {n.replace("base_model.model.", "").replace(".base_layer", ""): w for n, w in tuned.state_dict().items()}
     assert len(base) == 28
     assert all(torch.equal(after[n], w) for n, w in base.items())
+
+
+# -------------------------------------------------------------------- surroundings
+
+
+def reference(x, stored, matrix):
+    """x @ W.T with the numbers of W; what is done to inputs comes from the equation alone."""
+    act = stored.surroundings.act
+    if act.dtype is None:
+        return x @ matrix.mT
+    around = replace(stored.surroundings, output_rotation=None)
+    seen = apply(steps_before(around, stored.extras, x.dtype), x)
+    undone = apply(steps_undoing(replace(around, input_scale=False), stored.extras), seen)
+    return (undone / stored.extras.get("input_scale", 1)) @ matrix.mT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_products_run_what_stands_around(kind, mode, seeded):
+    x, bias = torch.randn(3, 5, 64, generator=seeded), torch.randn(96, generator=seeded)
+    weight, q = surrounded(kind, (96, 64))
+    turned, (_, stack) = surrounded(kind, (96, 64), is_transposed=True)[1], surrounded(kind, (2, 96, 64))
+    assert close(q.dequantize(), weight, 0.02)
+    assert close(turned.dequantize().t(), weight, 0.02)
+    expected = reference(x, q, q.dequantize())
+    with mode():
+        assert close(nn.functional.linear(x, q, bias), expected + bias)
+        assert close(x @ q.t(), expected)
+        assert close(torch.addmm(bias, x[0], turned), reference(x[0], q, q.dequantize()) + bias)
+        assert close(torch.bmm(x[:2], stack.mT), reference(x[:2], stack, stack.dequantize()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_keep_what_stands_around(kind):
+    _, stack = surrounded(kind, (3, 96, 64))
+    whole = stack.dequantize()
+    pairs = [
+        (stack[1], whole[1]),
+        (stack[1:], whole[1:]),
+        (stack[torch.tensor([2, 0])], whole[torch.tensor([2, 0])]),
+        (stack.unbind(0)[2], whole[2]),
+        (stack[0][:32], whole[0][:32]),
+        (stack[2][:, :32], whole[2][:, :32]),
+        (nn.functional.embedding(torch.tensor([3, 95]), stack[0]), whole[0][torch.tensor([3, 95])]),
+    ]
+    for piece, expected in pairs:
+        piece = piece.dequantize() if isinstance(piece, QuantTensor) else piece
+        torch.testing.assert_close(piece, expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(stack[1], QuantTensor)
+    assert stack[1].surroundings == stack.surroundings
+
+
+@pytest.mark.parametrize("kind", ["static", "everything"])
+def test_copies_carry_what_stands_around(kind):
+    _, q = surrounded(kind, (96, 64))
+    file = io.BytesIO()
+    torch.save(q, file)
+    file.seek(0)
+    copies = [
+        torch.load(file, weights_only=True),
+        pickle.loads(pickle.dumps(q)),
+        copy.deepcopy(q),
+        q.clone(),
+        q.t().t(),
+    ]
+    for twin in copies:
+        assert torch.equal(twin, q)
+        assert twin.surroundings == q.surroundings
+        assert all(torch.equal(extra, q.extras[name]) for name, extra in twin.extras.items())
+    half = q.to(torch.float16)
+    assert half.dtype == torch.float16
+    assert half.tensors.keys() == q.tensors.keys()
+    assert all(tensor.dtype == q.tensors[name].dtype for name, tensor in half.tensors.items())
+    assert nn.functional.linear(torch.ones(2, 64, dtype=torch.float16), half).dtype == torch.float16
+    assert q.nbytes == sum(t.numel() * t.element_size() for t in [*q.parts.values(), *q.extras.values()])
+    assert "surroundings={" in repr(q)
+    target = q.clone()
+    for tensor in target.tensors.values():
+        tensor.zero_()
+    assert torch.equal(target.copy_(q), q)
+    with pytest.raises(PtqcError, match="one spec and shape"):
+        target.copy_(surrounded("order", (96, 64))[1])
+
+
+@pytest.mark.parametrize("kind", ["outliers", "everything"])
+def test_surrounded_weights_compile_and_train(kind, seeded):
+    _, q = surrounded(kind, (96, 64))
+    linear = nn.Linear(64, 96)
+    linear.weight = nn.Parameter(q, requires_grad=False)
+    x = torch.randn(5, 64, generator=seeded, requires_grad=True)
+    grad = torch.randn(5, 96, generator=seeded)
+    eager = linear(x)
+    eager.backward(grad)
+    assert close(x.grad, grad @ q.dequantize())  # quantizing the input is straight through
+    torch._dynamo.reset()
+    assert close(torch.compile(linear, fullgraph=True, backend="aot_eager")(x), eager)
+
+
+def test_an_order_on_top_of_an_order():
+    logical = Codes(
+        torch.arange(8, dtype=torch.uint8).expand(2, 8) + 124, torch.ones(2, 1), order=torch.arange(8).flip(0)
+    )
+    outer = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
+    q = QuantTensor.from_codes(logical, WeightSpec.parse("int8"), torch.float32)
+    assert q.extras["order"].dtype == torch.int32
+    assert q.dequantize()[0].tolist() == list(range(3, -5, -1))
+    twice = QuantTensor.from_codes(
+        logical, WeightSpec.parse("int8"), torch.float32, False, Surroundings(order=True), {"order": outer.int()}
+    )
+    assert torch.equal(twice.dequantize(), q.dequantize()[:, outer])

@@ -9,6 +9,7 @@ from ptqc.methods import quantize_weight
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
+from tests.surrounded import surrounded
 
 
 def tied_model():
@@ -72,3 +73,12 @@ def test_a_clash_of_part_names_is_an_error():
     quantized = quantize_weight(torch.randn(64, 64), RoundToNearest(), WeightSpec.parse("int4g64"))
     with pytest.raises(CheckpointError, match="has the name of another tensor"):
         flatten_state_dict({"w": quantized, "w.scale": torch.zeros(1)})
+
+
+def test_what_stands_around_a_weight_is_flattened_too(tmp_path):
+    state = {"w": surrounded("everything", (96, 64))[1], "v": surrounded("static", (96, 64))[1]}
+    tensors, metadata = flatten_state_dict(state)
+    assert {"w.order", "w.input_signs", "v.act_scale"} <= tensors.keys()
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    again = unflatten_state_dict(load_file(tmp_path / "x.safetensors"), metadata)
+    assert all(torch.equal(again[name], weight) for name, weight in state.items())

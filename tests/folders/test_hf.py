@@ -11,6 +11,7 @@ from ptqc import PtqcConfig, quantize
 from ptqc.errors import CheckpointError, PtqcError
 from ptqc.folders.checkpoint import load, save
 from ptqc.qtensor import QuantTensor
+from tests.surrounded import KINDS, surrounded
 from tests.tiny import IDS, MODELS, logits, tiny
 
 
@@ -157,3 +158,24 @@ def test_the_order_of_imports_does_not_matter(imports):
 def test_importing_ptqc_imports_neither_torch_nor_transformers():
     code = "import ptqc, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_surroundings_go_round(reference_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(reference_folder)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][:-1]
+    for linear, kind in zip(linears, KINDS * len(linears), strict=False):
+        _, stored = surrounded(kind, tuple(linear.weight.shape), dtype=linear.weight.dtype)
+        linear.weight = torch.nn.Parameter(stored, requires_grad=False)
+    expected = logits(model)
+    save(model, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    again.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder)), expected)
+        assert torch.equal(logits(load(tmp_path / folder)), expected)
+        skeleton = AutoModelForCausalLM.from_pretrained(reference_folder)
+        assert torch.equal(logits(load(tmp_path / folder, model=skeleton)), expected)
+    file = tmp_path / "ours" / "config.json"
+    file.write_text(file.read_text().replace('"order": true', '"order": false'))
+    with pytest.raises(CheckpointError, match=r"too many"):
+        load(tmp_path / "ours")

@@ -8,6 +8,7 @@ from ptqc.folders.manifest import Manifest, StoredWeight, manifest_of
 from ptqc.methods import quantize_weight
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.spec import WeightSpec
+from tests.surrounded import KINDS, surrounded
 
 SPECS = ["int4g64", "int3g32z", "int4g32m", "nf4g64dq", "ternaryg64", "fp8e4m3", "int8t", "fp8e4m3b128x128", "q4_K"]
 
@@ -81,3 +82,49 @@ def test_parts_are_held_against_the_spec():
         manifest.check(good | {"w.scale": ((256, 4), torch.float16)}, "x")
     with pytest.raises(CheckpointError, match=r"w\.codes is int8"):
         manifest.check(good | {"w.codes": ((256, 256), torch.int8)}, "x")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_around_a_weight_survives(kind):
+    _, quantized = surrounded(kind, (96, 64), dtype=torch.float16)
+    manifest = manifest_of({"w": quantized})
+    config = json.loads(json.dumps(manifest.to_config()))
+    assert config["weights"]["w"]["around"] == quantized.surroundings.to_json()
+    stored = Manifest.from_config(config, "here").weights["w"]
+    assert stored == manifest.weights["w"]
+    tensors = quantized.tensors
+    assert stored.layout("w") == {f"w.{name}": (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    assert torch.equal(stored.build(tensors), quantized)
+
+
+def test_nothing_around_a_weight_is_not_written():
+    assert "around" not in manifest_of({"w": weight()}).to_config()["weights"]["w"]
+
+
+@pytest.mark.parametrize(
+    ("around", "complaint"),
+    [
+        (None, "are a table"),
+        ([], "are a table"),
+        ({"rotation": "had64"}, "called 'rotation'"),
+        ({"order": "yes"}, "order around a weight cannot be 'yes'"),
+        ({"input_rotation": "had256"}, "'had256' is no rotation of 512 channels"),
+        ({"output_rotation": "hadr" + "9" * 1000}, "is no rotation of 256"),
+        ({"act": "int8-token-static"}, "static scales need"),
+    ],
+)
+def test_hostile_surroundings_are_refused_by_name(around, complaint):
+    with pytest.raises(CheckpointError, match=complaint) as caught:
+        Manifest.from_config(config(around=around), "x/config.json")
+    assert "x/config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hostile_extras_are_refused():
+    _, quantized = surrounded("order", (96, 64))
+    stored = StoredWeight.of(quantized)
+    for order in (torch.zeros(64, dtype=torch.int32), torch.full((64,), 2**30, dtype=torch.int32)):
+        with pytest.raises(CheckpointError, match="order must hold every input once"):
+            stored.build(quantized.tensors | {"order": order})
+    with pytest.raises(CheckpointError, match=r"x lacks w\.order"):
+        Manifest({"w": stored}).check({k: v for k, v in stored.layout("w").items() if k != "w.order"}, "x")

@@ -8,6 +8,7 @@ from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
 from tests.lower._graphs import lowered
+from tests.surrounded import KINDS, surrounded
 
 
 def parameter(shape, is_transposed=False, name="int4g32"):
@@ -82,3 +83,31 @@ def test_dump_writes_every_graph(tmp_path, monkeypatch):
     texts = {path.name.split("-", 1)[1]: path.read_text() for path in (tmp_path / "graphs").iterdir()}
     assert set(texts) == {"quantize-weights.txt", "lower-linears.txt"}
     assert "ptqc.linear" in texts["lower-linears.txt"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        (lambda x, w: nn.functional.linear(x, w, x[0, 0, 0].expand(96)), LINEAR),
+        (lambda x, w: torch.einsum("bti,oi->bto", x, w), PLAIN),
+    ],
+)
+def test_what_stands_around_a_weight_becomes_nodes(kind, use, expected):
+    _, stored = surrounded(kind, (96, 64))
+    weight = nn.Parameter(stored, requires_grad=False)
+    calls, _, _, output = lowered(Uses(weight, use), X)
+    rotations = {"input rotation": 1, "output rotation": 1, "everything": 2}.get(kind, 0)
+    quantizations = int(stored.surroundings.act.dtype is not None and expected == LINEAR)
+    assert calls.count(expected) == 1
+    assert sum(call.startswith("ptqc.hadamard") for call in calls) == rotations
+    assert calls.count("ptqc.fake_quantize.default") == quantizations
+    torch.testing.assert_close(output, use(X, weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_around_a_stack_becomes_nodes(kind):
+    weight = nn.Parameter(surrounded(kind, (3, 96, 64))[1], requires_grad=False)
+    calls, _, _, output = lowered(Uses(weight, lambda x, w: torch.bmm(x, w.transpose(1, 2))), X)
+    assert calls.count(BMM) == 1
+    torch.testing.assert_close(output, torch.bmm(X, weight.transpose(1, 2)), rtol=1e-5, atol=1e-4)
