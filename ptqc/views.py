@@ -78,10 +78,11 @@ def _view(node: fx.Node, parameter: fx.Node, known: dict[fx.Node, View | None]) 
     view, before = view_of(source, parameter, known), shape_of(source)
     if view is None or before is None:
         return None
-    if source is not node.args[0] or name in _POINTWISE:
+    if name in _POINTWISE:
         return view if shape == before else None
-    if isinstance(node.args[0], fx.Node) and function_name(node.args[0]) in _PIECES and name == "getitem":
-        return _piece(node, node.args[0], view, before, shape)
+    cut = node.args[0]
+    if source is not cut and isinstance(cut, fx.Node):
+        return _piece(node, cut, view, before, shape)
     rule = _RULES.get(name)
     return None if rule is None else rule(node, view, before, shape)
 

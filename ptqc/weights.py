@@ -22,6 +22,7 @@ from ptqc.views import View, function_name, view_of
 
 __all__ = ["WeightUse", "function_name", "weight_uses"]
 
+_GATHERS = frozenset({"getitem", "index_select", "__getitem__", "index", "select"})
 _RANKING = frozenset({"topk", "sort", "argsort"})
 _TO_RANKING = frozenset(
     {"softmax", "sigmoid", "to", "float", "type_as", "view", "reshape", "add", "__add__", "iadd", "sqrt", "softplus",
@@ -77,7 +78,7 @@ def weight_uses(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[W
 
 def _gathered(node: fx.Node) -> list[fx.Node]:
     """What a gather reads: rows of a weight stay weights, whatever chose them."""
-    if function_name(node) in ("getitem", "index_select", "__getitem__") and isinstance(node.args[0], fx.Node):
+    if function_name(node) in _GATHERS and isinstance(node.args[0], fx.Node):
         return [node.args[0]]
     return []
 

@@ -161,7 +161,7 @@ def _behind_views(node: fx.Node) -> Iterator[fx.Node]:
     while function_name(node) in _REGROUPING and isinstance(node.args[0], fx.Node):
         source = node.args[0]
         before, after = shape_of(source), shape_of(node)
-        if not before or not after or before[-1] is not after[-1] and before[-1] != after[-1]:
+        if not before or not after or before[-1] != after[-1]:
             return
         if function_name(node) == "expand" and before != after:
             return

@@ -147,7 +147,7 @@ def _by_hooks(
             handle.remove()
     known = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))}
     others = [weight for weight in weights if id(weight) not in known]
-    recorder.note(others, "no graph shows its input, and it belongs to no linear module")
+    recorder.note(others, "no matrix product that reads it was seen")
 
 
 def _hook(recorder: Recorder, module: nn.Module, arguments: tuple[Any, ...]) -> None:
