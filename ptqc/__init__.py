@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
-    from ptqc.api import quantize
+    from ptqc.api import quantize, report_of
     from ptqc.codegen.exporters import export
     from ptqc.errors import PtqcError
     from ptqc.folders.checkpoint import load, save
@@ -36,6 +36,7 @@ __all__ = [
     "inventory",
     "load",
     "quantize",
+    "report_of",
     "save",
     "unflatten_state_dict",
 ]
@@ -53,6 +54,7 @@ _HOMES = {
     "inventory": "ptqc.sites",
     "load": "ptqc.folders.checkpoint",
     "quantize": "ptqc.api",
+    "report_of": "ptqc.api",
     "save": "ptqc.folders.checkpoint",
     "unflatten_state_dict": "ptqc.folders.flatten",
 }

@@ -1,81 +1,125 @@
-"""The Python door: `quantize`, and re-exports of `save`, `load` and `export`."""
+"""The Python door: `quantize`, and what it has to say."""
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ptqc.assign import assign, quantize_site
 from ptqc.calibrate import batches
+from ptqc.components import Component
+from ptqc.engine.jobs import Report
+from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
-from ptqc.methods import Method
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, load_recipe, make_rule
 from ptqc.sites import Site, Skipped, find_sites, select_sites
-from ptqc.spec import WeightSpec
+from ptqc.spec import ActSpec, WeightSpec
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "report_of"]
 
 log = logging.getLogger("ptqc")
 
 Model = TypeVar("Model", bound=nn.Module)
+Work = Sequence[tuple[Site, Rule]]
+_reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
 
 
 def quantize(
     model: Model,
-    method: str | Method | None = None,
+    method: Component | Sequence[Component] | None = None,
     *,
     bits: float | None = None,
     group_size: int | None = None,
     spec: str | WeightSpec | None = None,
+    activation: str | ActSpec | None = None,
     recipe: str | Path | Recipe | Sequence[Mapping[str, Any]] | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
+    samples: int = 128,
+    window: int = 512,
+    seed: int = 0,
+    sequential: bool = True,
     progress: bool = True,
     **options: Any,
 ) -> Model:
     """Quantize the weights of a model in place and return it.
 
-    method: a name that `ptqc methods` lists, or a configured method; `options` are its options.
+    method: a name that `ptqc methods` lists, a configured method, or transforms and a method, as in
+    ["smoothquant", "gptq"]; see `ptqc.components`. `options` are its options.
     bits, group_size: what to ask of the method; group_size -1 is the whole row, and a group that does not divide a
     weight gives way to the nearest that does (logged). spec: an exact storage format instead ("int4g64z", "nf4g64dq").
+    activation: how inputs are quantized at run time ("int8-token"), if not as the method has it.
     recipe: rules (pattern, method, spec ...) or a YAML file of them instead; first match wins.
     include, exclude: patterns of names, see `ptqc.select`; by default every weight of a linear-like operation except
-    the output head, embeddings and routers. calibration: strings (with tokenizer), token tensors, dicts of model
-    inputs, a DataLoader or a file, see `ptqc.calibrate`; methods without data use one batch of it to find weights.
+    the output head, embeddings and routers.
+    calibration: strings (with tokenizer), token tensors, dicts of model inputs, a DataLoader or a file, see
+    `ptqc.calibrate`; samples, window, seed: how many windows of how many tokens are drawn from text. Methods without
+    data use one batch of it to find weights.
+    sequential: quantize piece by piece, each calibrated behind the quantized pieces before it.
 
-    Example: `ptqc.quantize(model, "hqq", bits=4, group_size=64)`.
+    Example: `ptqc.quantize(model, "gptq", bits=4, group_size=128, calibration=texts, tokenizer=tokenizer)`.
 
     Raises: PtqcError if nothing would be quantized, SpecError and WeightError naming the weight at fault; the model is
     unchanged then.
     """
-    rules = _rules(method, recipe, {"bits": bits, "group_size": group_size, "spec": spec, "options": options or None})
-    batch = None if calibration is None else batches(calibration, tokenizer, limit=1)[0]
-    sites, skipped = select_sites(*find_sites(model, batch), model, include, exclude)
-    work, left = assign(sites, rules)
+    request = {"bits": bits, "group_size": group_size, "spec": spec, "activation": activation}
+    rules = _rules(method, recipe, request | {"options": options or None})
+    drawn = _drawn(calibration, tokenizer, rules, samples=samples, window=window, seed=seed)
+    sites, skipped = select_sites(*find_sites(model, drawn[0] if drawn else None), model, include, exclude)
+    work, left = assign(sites, rules, has_data=bool(drawn))
     skipped += left
     if not work:
         raise PtqcError(_nothing_to_do(model, skipped))
-    quantized = [quantize_site(site, rule) for site, rule in _shown(work, progress)]
-    for (site, _), weight in zip(work, quantized, strict=True):
-        site.replace(weight)
+    before = sum(site.weight.numel() * site.weight.element_size() for site, _ in work)
+    with _shown(progress) as advance:
+        if all(rule.is_data_free for _, rule in work):
+            quantized = _quantize_alone(work, advance)
+        else:
+            quantized, report = quantize_calibrated(model, work, drawn, is_sequential=sequential, on_progress=advance)
+            _reports[model] = report
     if hasattr(model, "save_pretrained"):
         from ptqc.folders.hf import attach  # here: plain modules need no transformers
 
         attach(model)
-    _report(work, quantized, skipped, progress)
+    _report(before, list(quantized.values()), skipped, _reports.get(model), progress)
     return model
 
 
-def _rules(method: str | Method | None, recipe: Any, request: dict[str, Any]) -> Recipe:
+def report_of(model: nn.Module) -> Report | None:
+    """What the last calibrated `quantize` of a model did: route, scale groups, coverage of experts, notes."""
+    return _reports.get(model)
+
+
+def _drawn(calibration: Any, tokenizer: Any, rules: Recipe, *, samples: int, window: int, seed: int) -> Sequence[Any]:
+    """The calibration batches: one is enough where it only serves to find weights."""
+    if calibration is None:
+        return ()
+    needs_all = any(rule.method is not None and not rule.is_data_free for rule in rules)
+    return batches(calibration, tokenizer, window=window, limit=samples if needs_all else 1, seed=seed)
+
+
+def _quantize_alone(work: Work, advance: Callable[[str, float, float], None]) -> dict[str, QuantTensor]:
+    """Quantize weights from their values alone, and put them in place once all are done."""
+    quantized = {}
+    for done, (site, rule) in enumerate(work):
+        advance(f"quantizing {site.name}", done, len(work))
+        quantized[site.name] = quantize_site(site, rule)
+    for site, _ in work:
+        site.replace(quantized[site.name])
+    return quantized
+
+
+def _rules(method: Any, recipe: Any, request: dict[str, Any]) -> Recipe:
     if (method is None) == (recipe is None):
         raise PtqcError("give either a method or a recipe")
     if recipe is None:
@@ -86,23 +130,16 @@ def _rules(method: str | Method | None, recipe: Any, request: dict[str, Any]) ->
     return load_recipe(recipe)
 
 
-def _shown(work: Sequence[tuple[Site, Rule]], progress: bool) -> Iterable[tuple[Site, Rule]]:
-    columns = (
-        TextColumn("quantizing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}"),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True) if progress else None
-    with bar or nullcontext():
-        task = bar.add_task("", total=len(work), name="") if bar else None
-        for site, rule in work:
-            if bar is not None and task is not None:
-                bar.update(task, name=site.name)
-            yield site, rule
-            if bar is not None and task is not None:
-                bar.advance(task)
+@contextmanager
+def _shown(progress: bool) -> Iterator[Callable[[str, float, float], None]]:
+    """A bar on stderr that shows what is being done; nothing without `progress`."""
+    if not progress:
+        yield lambda what, done, total: None
+        return
+    columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def _nothing_to_do(model: nn.Module, skipped: Sequence[Skipped]) -> str:
@@ -113,15 +150,18 @@ def _nothing_to_do(model: nn.Module, skipped: Sequence[Skipped]) -> str:
 
 
 def _report(
-    work: Sequence[tuple[Site, Rule]], quantized: Sequence[QuantTensor], skipped: Sequence[Skipped], progress: bool
+    before: int, quantized: Sequence[QuantTensor], skipped: Sequence[Skipped], report: Report | None, progress: bool
 ) -> None:
     specs = Counter(str(weight.spec) for weight in quantized)
-    before = sum(site.weight.numel() * site.weight.element_size() for site, _ in work)
     after = sum(weight.nbytes for weight in quantized)
     kinds = ", ".join(f"{count} x {name}" for name, count in specs.most_common())
-    lines = [f"quantized {len(work)} weights ({kinds}): {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"]
+    lines = [f"quantized {len(quantized)} weights ({kinds}): {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"]
     for reason, count in Counter(entry.reason for entry in skipped).items():
         lines.append(f"  {count} left in float: {reason}")
+    if report is not None:
+        groups = ", ".join(f"{count} {done}" for done, count in report.counts.items())
+        lines.append(f"  captured as {report.route}" + (f"; scale groups: {groups}" if groups else ""))
+        lines += [f"  {line}" for line in report.notes]
     if progress:
         console = Console(stderr=True)
         for line in lines:

@@ -34,8 +34,8 @@ class Job:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of its input that its method, its transforms and its activation read."""
-        return self.rule.needs
+        """Statistics of its input that its method, its transforms and its activation read, and how many rows it saw."""
+        return self.rule.needs | {"count"} if self.rule.needs else frozenset()
 
 
 def jobs_of(work: Iterable[tuple[Site, Rule]]) -> list[Job]:
@@ -60,6 +60,10 @@ class Weights(Protocol):
 
     def store(self, name: str, weight: QuantTensor) -> None:
         """Put the quantized form of a parameter in its place."""
+        ...
+
+    def current(self, name: str) -> Tensor:
+        """What to run the model with: the quantized form if there is one, else the floats in the model's dtype."""
         ...
 
     def bias_of(self, name: str) -> str | None:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ptqc.capture import CapturedGraph, capture
-from ptqc.engine.checks import model_check
 from ptqc.engine.in_memory import InMemory
 from ptqc.engine.jobs import Job, Report, jobs_of, transforms_of
 from ptqc.engine.sequential import run_sequential
 from ptqc.engine.work import Stage
 from ptqc.groups import ScaleGroup
+from ptqc.passes.groups.check import model_check
 from ptqc.passes.groups.find import find_groups
 from ptqc.passes.observe.run import observe
 from ptqc.program import Program, program
@@ -141,7 +141,7 @@ def _one_stage(
     named = dict(model.named_parameters())
     wanted = {named[job.name]: job.needs for job in jobs if job.needs}
     recorder = observe(model, batches, wanted, progress=lambda done, total: on_progress("observing", done, total))
-    check = model_check(model, batches[0]) if groups else None
+    check = model_check(model, view.programs, batches[0]) if groups else None
     done = 0
 
     def on_weight(name: str) -> None:
