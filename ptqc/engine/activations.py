@@ -13,7 +13,6 @@ from types import TracebackType
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 __all__ = ["BUDGET_BYTES", "Activations"]
@@ -106,7 +105,7 @@ def _own(value: Tensor) -> Tensor:
 
 def _order(value: Tensor) -> list[int]:
     """The axes from the widest stride to the narrowest."""
-    return sorted(range(value.ndim), key=lambda axis: -value.stride(axis))
+    return sorted(range(value.ndim), key=lambda axis: -value.stride()[axis])
 
 
 def _write(path: Path, values: Mapping[str, Tensor]) -> None:
@@ -136,4 +135,4 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _inverse(order: list[int]) -> list[int]:
-    return torch.tensor(order, dtype=torch.int64).argsort().tolist()
+    return sorted(range(len(order)), key=order.__getitem__)

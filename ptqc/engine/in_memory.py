@@ -42,6 +42,13 @@ class InMemory:
         self._stored[name] = weight
         self._changed.pop(name, None)
 
+    def current(self, name: str) -> Tensor:
+        """The quantized form if there is one, else the floats in the parameter's own dtype."""
+        if name in self._stored:
+            return self._stored[name]
+        own = self._parameters[name].detach()
+        return self._changed[name].to(own.dtype) if name in self._changed else own
+
     def bias_of(self, name: str) -> str | None:
         """The bias beside a weight in the module that holds it, if no other module has the weight."""
         site = self._sites[name]
