@@ -2,7 +2,8 @@
 
 A codebook is a row of the table `CODEBOOKS`; integer specs have none. NF4: Dettmers et al. 2023,
 arXiv:2305.14314, appendix E (quantiles of a standard normal, scaled to [-1, 1]). FP4 and E2M1: four-bit floats,
-in the order of bitsandbytes and of the OCP MX specification. IQ4_NL: the table of llama.cpp.
+in the order of bitsandbytes and of the OCP MX specification. IQ4_NL: the table of llama.cpp. Codes of the E8 lattices
+stand for eight weights each: `ptqc.lattice`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqc.errors import SpecError
+from ptqc.lattice import LATTICES, Lattice
 
 __all__ = ["CODEBOOKS", "Codebook", "codebook", "dynamic_map", "nearest_codes"]
 
@@ -21,7 +23,10 @@ _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """bits: width of a code; levels: value of each code, or () where the code *is* a float of `float_dtype`."""
+    """bits: width of a code; levels: value of each code.
+
+    levels are () where the code *is* a float of `float_dtype`, and where it stands for a point of a `lattice`.
+    """
 
     name: str
     bits: int
@@ -29,19 +34,29 @@ class Codebook:
     float_dtype: torch.dtype | None = None
     scale_dtype: str = "f16"
     """Stored type of the scales when a spec with this codebook does not say."""
+    lattice: Lattice | None = None
+
+    @property
+    def vector(self) -> int:
+        """Weights that a code stands for."""
+        return 1 if self.lattice is None else 8
 
     @property
     def largest(self) -> float:
         """Largest magnitude of a level: what the largest weight of a group is mapped to."""
         if self.float_dtype is not None:
             return float(torch.finfo(self.float_dtype).max)
+        if self.lattice is not None:
+            return self.lattice.largest
         return max(abs(level) for level in self.levels)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """The levels as float32, indexed by code.
 
-        Raises: SpecError for a codebook whose codes are floats themselves.
+        Raises: SpecError for a codebook whose codes are floats themselves, or points of a lattice.
         """
+        if self.lattice is not None:
+            raise SpecError(f"codebook {self.name!r} has no table of levels: its codes stand for eight weights each")
         if not self.levels:
             raise SpecError(f"codebook {self.name!r} has no table: its codes are {self.float_dtype} values")
         return torch.tensor(self.levels, dtype=torch.float32, device=device)
@@ -68,6 +83,7 @@ CODEBOOKS: dict[str, Codebook] = {
         Codebook("ternary", 2, (-1.0, 0.0, 1.0)),
         Codebook("fp8e4m3", 8, float_dtype=torch.float8_e4m3fn, scale_dtype="f32"),
         Codebook("fp8e5m2", 8, float_dtype=torch.float8_e5m2, scale_dtype="f32"),
+        *(Codebook(name, lattice.bits, lattice=lattice) for name, lattice in LATTICES.items()),
     )
 }
 

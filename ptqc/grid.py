@@ -50,7 +50,8 @@ def extremes(weight: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
 def choose_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> Tensor:
     """The nearest code of every weight, given scales and zeros as they will be read back.
 
-    weight: [..., out, in] float32. Returns [..., out, in] uint8, or float8 where the codebook is a float type.
+    weight: [..., out, in] float32. Returns [..., out, in] uint8, or float8 where the codebook is a float type;
+    [..., out, in // vector] int64 where codes are wider than 8 bits.
     """
     groups = tiles(weight, spec)
     step = scale.unsqueeze(-1)
@@ -58,7 +59,15 @@ def choose_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
     inverse = torch.where(step.abs() < torch.finfo(torch.float32).tiny, 0.0, 1.0 / step)
     offset = 0.0 if zero is None else zero.unsqueeze(-1)
     level = (groups + offset) * inverse if spec.zero == "min" else groups * inverse + offset
+    if spec.vector > 1:
+        return _nearest_vectors(untile(level, spec, weight.shape), spec)
     return untile(_nearest(level, spec), spec, weight.shape)
+
+
+def _nearest_vectors(level: Tensor, spec: WeightSpec) -> Tensor:
+    assert spec.book is not None and spec.book.lattice is not None
+    codes, _ = spec.book.lattice.nearest(level.unflatten(-1, (-1, spec.vector)))
+    return codes
 
 
 def _nearest(level: Tensor, spec: WeightSpec) -> Tensor:

@@ -1,8 +1,8 @@
 """Bit orders of stored codes, as pairs of exact inverses.
 
 `linear` is one little-endian bit stream per row: code k occupies bits [k*bits, (k+1)*bits), least significant
-first, and each row is padded to whole bytes. `base3` puts five ternary digits into a byte (3^5 = 243).
-Codes that are floats (fp8) are stored as they are.
+first, and each row is padded to whole bytes; codes wider than 8 bits are whole bytes. `base3` puts five ternary digits
+into a byte (3^5 = 243). Codes that are floats (fp8) are stored as they are.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,11 @@ __all__ = ["PACKINGS", "Packing", "pack_base3", "pack_linear", "unpack_base3", "
 def pack_linear(codes: Tensor, bits: int) -> Tensor:
     """Pack codes into a bit stream.
 
-    codes: [..., n] uint8 below 2**bits, 1 <= bits <= 8. Returns [..., ceil(n * bits / 8)] uint8.
+    codes: [..., n] uint8 below 2**bits, 1 <= bits <= 8, or int64 where bits is 16, 24 or 32.
+    Returns [..., ceil(n * bits / 8)] uint8.
     """
+    if bits > 8:
+        return torch.stack([(codes >> shift & 255).to(torch.uint8) for shift in range(0, bits, 8)], -1).flatten(-2)
     if bits == 8:
         return codes.contiguous()
     n = codes.shape[-1]
@@ -35,7 +38,11 @@ def pack_linear(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_linear(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Invert `pack_linear`. packed: [..., bytes] uint8. Returns [..., n] uint8."""
+    """Invert `pack_linear`. packed: [..., bytes] uint8. Returns [..., n] uint8, int64 above 8 bits."""
+    if bits > 8:
+        places = packed.unflatten(-1, (n, bits // 8)).unbind(-1)
+        wide: Tensor = sum(place.long() << 8 * k for k, place in enumerate(places))
+        return wide
     if bits == 8:
         return packed
     groups = -(-n // 8)

@@ -10,6 +10,7 @@ A spec is a value. Its short name parses back: `WeightSpec.parse(str(spec)) == s
     nf4g64      NormalFloat, float32 scales                           nf4g64dq   with doubly quantized scales
     fp8e4m3     per output row                                        fp8e4m3b128x128   blocks
     ternaryg64  levels -1, 0, 1, five weights to a byte               q4_K, mxfp4, ...  rows of KNOWN_SPECS
+    e8p         2 bits: points of E8, eight weights to a code         e8p3, e8p4        3 and 4 bits, residual codes
 """
 
 import math
@@ -79,12 +80,12 @@ class WeightSpec:
     zero: Zero = "none"
     codebook: str | None = None
     vector: int = 1
-    """Weights per code (8 for E8 lattices)."""
+    """Weights per code: 8 for codebooks that are lattices, else 1."""
     scale: ScaleSpec = field(default_factory=ScaleSpec)
     packing: str = "linear"
 
     def __post_init__(self) -> None:
-        widest = 16 if self.codebook else 8
+        widest = 32 if self.codebook else 8
         if not 1 <= self.bits <= widest:
             raise SpecError(f"codes are 1 to {widest} bits wide, not {self.bits}")
         for name, value in (("group", self.group), ("rows", self.rows)):
@@ -92,10 +93,22 @@ class WeightSpec:
                 raise SpecError(f"{name} must be positive or None, not {value}")
         if self.codebook is not None and codebook(self.codebook).bits != self.bits:
             raise SpecError(f"codebook {self.codebook!r} has {codebook(self.codebook).bits}-bit codes, not {self.bits}")
+        self._check_vector()
         if self.packing not in PACKINGS:
             raise SpecError(f"no packing is called {self.packing!r}; known: {', '.join(PACKINGS)}")
         if self.scale.dtype not in SCALE_DTYPES:
             raise SpecError(f"no scale type is called {self.scale.dtype!r}; known: {', '.join(SCALE_DTYPES)}")
+
+    def _check_vector(self) -> None:
+        vector = 1 if self.codebook is None else codebook(self.codebook).vector
+        if self.vector != vector:
+            raise SpecError(f"codes of {self.codebook or 'integers'} stand for {vector} weights, not {self.vector}")
+        if vector == 1:
+            return
+        if self.zero != "none":
+            raise SpecError(f"codebook {self.codebook!r} is symmetric: its points have no zero")
+        if self.group is not None and self.group % vector:
+            raise SpecError(f"codes of {self.codebook} stand for {vector} weights: group {self.group} cuts them")
 
     # ---------------------------------------------------------------- values
 
@@ -139,6 +152,11 @@ class WeightSpec:
         group, rows = self.group or in_features, self.rows or out_features
         if min(shape) == 0:
             raise SpecError(f"a weight of shape {tuple(shape)} holds nothing to quantize")
+        if in_features % self.vector:
+            raise SpecError(
+                f"codes of {self.codebook} stand for {self.vector} weights, which do not divide in_features "
+                f"{in_features}; leave this weight in floating point, or use integers such as int4 or int2z"
+            )
         if self.is_block:
             return -(-out_features // rows), -(-in_features // group)
         if in_features % group:
@@ -190,7 +208,7 @@ class WeightSpec:
         if self.group >= in_features:
             return replace(self, group=None)
         smallest = max(8, self.group // 4)
-        fitting = [g for g in range(self.group, smallest - 1, -1) if in_features % g == 0]
+        fitting = [g for g in range(self.group, smallest - 1, -1) if in_features % g == 0 and g % self.vector == 0]
         return replace(self, group=fitting[0] if fitting else None)
 
     def with_scale_dtype(self, dtype: str) -> "WeightSpec":
@@ -317,6 +335,7 @@ def _parse(name: str) -> WeightSpec:
     group = part["group"] or part["columns"]
     return WeightSpec(
         bits=int(part["bits"]) if book is None else codebook(book).bits,
+        vector=1 if book is None else codebook(book).vector,
         group=int(group) if group else None,
         rows=None if part["tensor"] else int(part["rows"] or 1),
         zero=next(zero for zero, letter in _ZERO_LETTERS.items() if letter == (part["zero"] or "")),

@@ -32,7 +32,7 @@ Parts = dict[str, Tensor]
 class Codes:
     """Logical form of a weight: what a method returns.
 
-    codes: [..., out, in // vector] uint8 (float8 where the codebook is a float type).
+    codes: [..., out, in // vector] uint8 (float8 where the codebook is a float type, int64 above 8 bits).
     scale: [..., out // rows, in // group] float32, not yet rounded for storage: `encode` rounds once (rounding nested
     scales twice moves them). zero: like scale, or None; in units of codes, except for zero="min", where it is the
     minimum in units of the weight.
@@ -178,8 +178,10 @@ def decode_scales(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence
 
 
 def levels(codes: Tensor, spec: WeightSpec) -> Tensor:
-    """The float32 level that each code stands for. codes: unpacked, any shape."""
+    """The float32 level that each code stands for, codes: unpacked, any shape; vectors lie along the last axis."""
     book = spec.book
+    if book is not None and book.lattice is not None:
+        return book.lattice.points(codes).flatten(-2)
     if book is not None:
         return codes.float() if book.float_dtype else book.table(codes.device)[codes.int()]
     return codes.float() - 2 ** (spec.bits - 1) if spec.is_symmetric else codes.float()

@@ -53,7 +53,7 @@ def worst_error(spec: WeightSpec) -> float:
     book = spec.book
     if book is None:
         return 1 / ((1 << spec.bits) - 1)
-    if spec.codebook == "ternary":
+    if spec.codebook == "ternary" or book.lattice is not None:
         return 1.0
     if book.float_dtype is not None:
         return float(torch.finfo(book.float_dtype).eps) / 2
@@ -126,7 +126,7 @@ def _weights(case: _Case) -> Iterator[tuple[str, Tensor]]:
     yield "a bfloat16 weight", normal.bfloat16()
     yield "a weight of one row", normal[:1]
     yield "a weight of one sign", normal.abs() + 0.01
-    if not case.is_nested or case.spec.scale.dynamic:
+    if case.spec.vector == 1 and (not case.is_nested or case.spec.scale.dynamic):
         yield "a weight of odd width", _normal(5, 37)
         yield "a narrow weight", _normal(7, 3)
     if not case.is_nested:  # scales that float16 cannot hold become float32 ones; nested ones have no such variant

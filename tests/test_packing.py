@@ -24,6 +24,15 @@ def test_base3_round_trip(n, seed):
     assert torch.equal(unpack_base3(packed, 2, n), codes)
 
 
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_wide_codes_are_little_endian(bits):
+    codes = torch.tensor([[0x01, (1 << bits) - 2], [0x0102, 1 << (bits - 1)]])
+    packed = pack_linear(codes, bits)
+    assert packed.shape == (2, PACKINGS["linear"].row_bytes(bits, 2))
+    assert bytes(packed[0].tolist()) == b"".join(int(code).to_bytes(bits // 8, "little") for code in codes[0])
+    assert torch.equal(unpack_linear(packed, bits, 2), codes)
+
+
 def test_bytes_by_hand():
     assert pack_linear(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
     # 3 bits: 5, 1, 7 -> 101 | 001<<3 | 111<<6 = 0b1_11_001_101 -> low byte 11001101, carry 1

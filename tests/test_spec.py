@@ -21,8 +21,8 @@ def specs():
         zero=st.sampled_from(["none", "int", "float", "min"]),
         scale=st.sampled_from([ScaleSpec(), ScaleSpec(dtype="bf16"), ScaleSpec(dtype="f32")]),
     )
-    books = st.builds(lambda name, group: WeightSpec.parse(name if group is None else f"{name}g{group}"),
-                      st.sampled_from(["nf4", "fp4", "e2m1", "ternary", "fp8e4m3", "iq4nl", "e8p", "e8p3"]), GROUPS)  # fmt: skip
+    names = st.sampled_from(["nf4", "fp4", "e2m1", "ternary", "fp8e4m3", "iq4nl", "e8p", "e8p3"])
+    books = st.builds(lambda name, group: WeightSpec.parse(name if group is None else f"{name}g{group}"), names, GROUPS)
     return st.one_of(integers, books, st.sampled_from(list(KNOWN_SPECS.values())))
 
 
@@ -71,8 +71,15 @@ def test_fit_finds_the_nearest_divisor(group, columns, expected):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("int4g64q", "int4g64"), ("int9", "1 to 8 bits"), ("nf5", "nf4"), ("", "codes"), ("int4g0", "positive"),
-     ("e8pz", "symmetric"), ("e8pg12", "group 12 cuts them")],
+    [
+        ("int4g64q", "int4g64"),
+        ("int9", "1 to 8 bits"),
+        ("nf5", "nf4"),
+        ("", "codes"),
+        ("int4g0", "positive"),
+        ("e8pz", "symmetric"),
+        ("e8pg12", "group 12 cuts them"),
+    ],
 )
 def test_errors_say_what_would_work(name, says):
     with pytest.raises(SpecError, match=says):

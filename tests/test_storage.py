@@ -21,6 +21,7 @@ from ptqc.storage import (
 
 NAMES = ["int1g8", "int2g32f", "int3g64z", "int4g64", "int4g32m", "int5g8", "int6", "int8t", "int8g32-f32", "nf4g64",
          "nf4g64dq", "fp4g32", "ternaryg64", "fp8e4m3", "fp8e4m3b128x128", "fp8e5m2t", "e2m1g16-e4m3",
+         "e8p", "e8pt", "e8p3g64", "e8p4",
          *sorted(KNOWN_SPECS)]  # fmt: skip
 
 
@@ -37,8 +38,9 @@ def random_codes(spec, shape, generator):
     if spec.book and spec.book.float_dtype:
         codes = torch.randn(shape, generator=generator).to(spec.book.float_dtype)
     else:
-        count = len(spec.book.levels) if spec.book else 2**spec.bits
-        codes = torch.randint(0, count, shape, dtype=torch.uint8, generator=generator)
+        count = len(spec.book.levels) if spec.book and spec.book.levels else 2**spec.bits
+        codes = torch.randint(0, count, shape, generator=generator)
+        codes = codes.to(torch.uint8) if spec.bits <= 8 else codes[..., :: spec.vector].contiguous()
     return Codes(codes, round_scale(scale, spec), zero)
 
 
@@ -70,7 +72,7 @@ def test_the_equation_by_hand():
     assert decode(parts, minimum, (1, 4), torch.float32).tolist() == [[-8.0, -0.5, 2.0, 4.0]]
 
 
-@pytest.mark.parametrize("name", ["int4g64f", "nf4g64dq", "q4_K", "q3_K", "int8"])
+@pytest.mark.parametrize("name", ["int4g64f", "nf4g64dq", "q4_K", "q3_K", "int8", "e8p"])
 @pytest.mark.parametrize("index", [1, slice(1, 3), torch.tensor([2, 0, 2])])
 def test_taking_a_slice_equals_slicing_the_numbers(name, index, seeded):
     spec, shape = WeightSpec.parse(name), (4, 16, 256)
