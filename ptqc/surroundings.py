@@ -152,9 +152,10 @@ def check_extras(surroundings: Surroundings, extras: Mapping[str, Tensor], store
         is_right, rule = _VALUES[name]
         if not extra.is_meta and not is_right(extra):
             raise SpecError(f"{name} must hold {rule}")
-    for name, signs in ((surroundings.input_rotation, "input_signs"), (surroundings.output_rotation, "output_signs")):
-        if name is not None and not extras[signs].is_meta:
-            rotate(extras[signs].float(), name)  # refuses what names no rotation
+    rotations = {"input_signs": surroundings.input_rotation, "output_signs": surroundings.output_rotation}
+    for signs, rotation in rotations.items():
+        if rotation is not None and not extras[signs].is_meta:
+            rotate(extras[signs].float(), rotation)  # refuses what names no rotation
 
 
 def _is_permutation(order: Tensor) -> bool:

@@ -9,13 +9,10 @@ Where the tensors of the folder are not the parameters of the model one by one (
 loaded whole instead, and the log says so.
 """
 
-import json
 import logging
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,21 @@ import torch
 
 from ptqc import storage
 from ptqc.assign import assign, quantize_site
-from ptqc.errors import CheckpointError, PtqcError, SpecError, WeightError
+from ptqc.errors import PtqcError, SpecError, WeightError
 from ptqc.folders.architecture import build_empty, planned_dtype
 from ptqc.folders.checkpoint import load, save, write_folder
+from ptqc.folders.conversion import (
+    OnProgress,
+    Request,
+    StreamReport,
+    copied,
+    model_dtype,
+    nothing_to_do,
+    refuse_source,
+    write_config,
+)
 from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
-from ptqc.folders.manifest import FLOAT_DTYPES, Manifest, StoredWeight, manifest_of
+from ptqc.folders.manifest import Manifest, StoredWeight, manifest_of
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.shards import Append, Block
 from ptqc.folders.sources import Sources, direct_sources
@@ -40,37 +47,6 @@ from ptqc.spec import WeightSpec
 __all__ = ["OnProgress", "StreamReport", "quantize_folder"]
 
 log = logging.getLogger("ptqc")
-
-OnProgress = Callable[[int, int, str], None]
-"""Called with the bytes of the source that are done, the bytes there are, and the tensor just finished."""
-
-
-@dataclass(frozen=True)
-class StreamReport:
-    """What was done.
-
-    weights: the quantized ones by name. skipped: matrices left in float, and why. is_streamed: False if the model had
-    to be loaded whole.
-    """
-
-    weights: Mapping[str, StoredWeight]
-    skipped: tuple[Skipped, ...]
-    source_bytes: int
-    written_bytes: int
-    is_streamed: bool
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What the caller asked for."""
-
-    recipe: Recipe
-    include: tuple[str, ...] | None
-    exclude: tuple[str, ...] | None
-    on_progress: OnProgress
-    overwrite: bool
-    max_shard_bytes: float
-    trust_remote_code: bool
 
 
 def quantize_folder(
@@ -95,7 +71,7 @@ def quantize_folder(
     Raises: CheckpointError for a folder that cannot be read or written, WeightError and SpecError naming the weight;
     nothing is left of `out` then.
     """
-    request = _Request(
+    request = Request(
         recipe=_recipe(method, spec, recipe),
         include=None if include is None else tuple(include),
         exclude=None if exclude is None else tuple(exclude),
@@ -105,7 +81,7 @@ def quantize_folder(
         trust_remote_code=trust_remote_code,
     )
     stored, target = open_folder(source), Path(out).resolve()
-    _refuse_source(stored, target)
+    refuse_source(stored, target)
     refuse_target(target, overwrite)
     model = build_empty(stored, trust_remote_code)
     sites, skipped = select_sites(*find_sites(model), model, request.include, request.exclude)
@@ -117,7 +93,7 @@ def quantize_folder(
         log.warning("%s: %s; loading the whole model instead of one weight at a time", stored.path, reason)
         return _quantize_whole(stored, target, request)
     if not work:
-        raise PtqcError(_nothing([*skipped, *left]))
+        raise PtqcError(nothing_to_do([*skipped, *left]))
     return _quantize_streamed(model, stored, sources, work, (*skipped, *left), target, request)
 
 
@@ -127,21 +103,6 @@ def _recipe(method: Method | None, spec: WeightSpec | None, recipe: Recipe | Non
     if recipe is not None or method is None:
         raise PtqcError("give either a method (with a spec, if it is not to be the method's own) or a recipe")
     return [Rule("*", method, spec if spec is not None else method.spec())]
-
-
-def _refuse_source(stored: ModelFolder, target: Path) -> None:
-    if "quantization_config" in stored.config:
-        found = stored.config["quantization_config"]
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise CheckpointError(f"{stored.path} is already quantized ({method}); give the folder of the float model")
-    origin = stored.path.resolve()
-    if target == origin or target in origin.parents:
-        raise CheckpointError(f"{target} holds the model to quantize; write to another folder")
-
-
-def _nothing(skipped: Sequence[Skipped]) -> str:
-    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3])
-    return f"nothing would be quantized ({reasons or 'the model has no matrices'})"
 
 
 # -------------------------------------------------------------------- one weight at a time
@@ -154,9 +115,9 @@ def _quantize_streamed(
     work: Sequence[tuple[Site, Rule]],
     skipped: tuple[Skipped, ...],
     target: Path,
-    request: _Request,
+    request: Request,
 ) -> StreamReport:
-    dtype = _model_dtype(stored)
+    dtype = model_dtype(stored)
     with staged(target, overwrite=request.overwrite) as staging:
         blocks, weights = {}, {}
         for name, (site, rule) in {site.name: (site, rule) for site, rule in work}.items():
@@ -164,7 +125,7 @@ def _quantize_streamed(
             weights[name] = _plan(site, rule, entry, planned_dtype(model, name, dtype or entry.dtype))
             assert rule.method is not None
             blocks[name] = _quantized(name, entry, weights[name], rule.method)
-        ordered = [blocks.get(name) or _copied(name, entry) for name, entry in sources.entries.items()]
+        ordered = [blocks.get(name) or copied(name, entry) for name, entry in sources.entries.items()]
         total, done = sum(block.source_bytes for block in ordered), 0
 
         def on_block(block: Block) -> None:
@@ -174,23 +135,8 @@ def _quantize_streamed(
 
         written = write_folder(staging, ordered, request.max_shard_bytes, target, on_block)
         copy_companions(stored.path, staging, with_code=request.trust_remote_code)
-        _write_config(staging, stored, Manifest(weights, sources.tied), dtype)
+        write_config(staging, stored, Manifest(weights, sources.tied), dtype)
     return StreamReport(weights, skipped, total, written, is_streamed=True)
-
-
-def _model_dtype(stored: ModelFolder) -> torch.dtype | None:
-    """The dtype in which transformers would build the model; None if the config does not say."""
-    name = stored.config.get("dtype") or stored.config.get("torch_dtype")
-    return FLOAT_DTYPES.get(name) if isinstance(name, str) else None
-
-
-def _write_config(staging: Path, stored: ModelFolder, manifest: Manifest, dtype: torch.dtype | None) -> None:
-    config = dict(stored.config) | {"quantization_config": manifest.to_config()}
-    if dtype is None:
-        floats = [entry.dtype for entry in stored.entries.values() if entry.dtype in FLOAT_DTYPES.values()]
-        config["dtype"] = str(Counter(floats).most_common(1)[0][0]).removeprefix("torch.")
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (staging / "config.json").write_text(text, encoding="utf-8")
 
 
 def _plan(site: Site, rule: Rule, entry: TensorEntry, dtype: torch.dtype) -> StoredWeight:
@@ -225,21 +171,13 @@ def _magnitude(name: str, entry: TensorEntry) -> float:
     return largest
 
 
-def _copied(name: str, entry: TensorEntry) -> Block:
-    def produce(append: Append) -> None:
-        for piece in entry.pieces():
-            append(name, piece)
-
-    return Block(name, {name: (entry.shape, entry.dtype)}, produce, entry.nbytes)
-
-
 def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, method: Method) -> Block:
     columns = stored.shape[-1]
     step = None if stored.is_transposed else rows_at_once(method, stored.spec, columns)
 
     def whole(append: Append) -> None:
         weight = quantize_weight(entry.read(), method, stored.spec, name=name, is_transposed=stored.is_transposed)
-        for part, value in weight.parts.items():
+        for part, value in weight.tensors.items():
             append(f"{name}.{part}", value)
 
     def by_rows(append: Append) -> None:
@@ -255,12 +193,12 @@ def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, method: Meth
 # -------------------------------------------------------------------- the whole model
 
 
-def _quantize_whole(stored: ModelFolder, target: Path, request: _Request) -> StreamReport:
+def _quantize_whole(stored: ModelFolder, target: Path, request: Request) -> StreamReport:
     model = load(stored.path, trust_remote_code=request.trust_remote_code)
     sites, skipped = select_sites(*find_sites(model), model, request.include, request.exclude)
     work, left = assign(sites, request.recipe)
     if not work:
-        raise PtqcError(_nothing([*skipped, *left]))
+        raise PtqcError(nothing_to_do([*skipped, *left]))
     total = sum(entry.nbytes for entry in stored.entries.values())
     done = total - sum(site.weight.nbytes for site, _ in work)
     for site, rule in work:

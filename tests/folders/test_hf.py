@@ -10,8 +10,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from ptqc import PtqcConfig, quantize
 from ptqc.errors import CheckpointError, PtqcError
 from ptqc.folders.checkpoint import load, save
+from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
-from tests.surrounded import KINDS, surrounded
+from ptqc.spec import WeightSpec
+from tests.surrounded import KINDS, extras_for, surroundings
 from tests.tiny import IDS, MODELS, logits, tiny
 
 
@@ -160,22 +162,28 @@ def test_importing_ptqc_imports_neither_torch_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_surroundings_go_round(reference_folder, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(reference_folder)
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][:-1]
-    for linear, kind in zip(linears, KINDS * len(linears), strict=False):
-        _, stored = surrounded(kind, tuple(linear.weight.shape), dtype=linear.weight.dtype)
-        linear.weight = torch.nn.Parameter(stored, requires_grad=False)
+@pytest.mark.parametrize("name", ["tied", "transposed", "experts"])
+def test_surroundings_go_round(tmp_path, name):
+    model, rtn = tiny(name, torch.float16), METHODS.get("rtn")()
+    matrices = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and min(p.shape[-2:]) > 32]
+    for (path, weight), kind in zip(matrices, KINDS * len(matrices), strict=False):
+        shape, is_transposed = tuple(weight.shape), "c_" in path
+        shape = (shape[1], shape[0]) if is_transposed else shape
+        around = surroundings(kind, shape)
+        stored = quantize_weight(weight, rtn, WeightSpec.parse("int8g32"), is_transposed=is_transposed,
+                                 surroundings=around, extras=extras_for(around, shape))  # fmt: skip
+        owner, _, attribute = path.rpartition(".")
+        model.get_submodule(owner)._parameters[attribute] = torch.nn.Parameter(stored, requires_grad=False)
+    model.tie_weights()
     expected = logits(model)
+    assert not expected.isnan().any()
     save(model, tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    again.save_pretrained(tmp_path / "theirs")
+    from_pretrained(name, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder)), expected)
+        assert torch.equal(logits(from_pretrained(name, tmp_path / folder)), expected)
         assert torch.equal(logits(load(tmp_path / folder)), expected)
-        skeleton = AutoModelForCausalLM.from_pretrained(reference_folder)
-        assert torch.equal(logits(load(tmp_path / folder, model=skeleton)), expected)
+        assert torch.equal(logits(load(tmp_path / folder, model=tiny(name, torch.float16))), expected)
     file = tmp_path / "ours" / "config.json"
     file.write_text(file.read_text().replace('"order": true', '"order": false'))
-    with pytest.raises(CheckpointError, match=r"too many"):
+    with pytest.raises(CheckpointError, match=r"holds .*\.order, but quantization_config lacks"):
         load(tmp_path / "ours")
