@@ -5,6 +5,7 @@ import torch
 
 from ptqc import grid, storage
 from ptqc.errors import SpecError
+from ptqc.hadamard import rotate
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.passes.methods.quip_sharp import QuipSharp
 from ptqc.passes.methods.rtn import RoundToNearest
@@ -70,6 +71,15 @@ def test_two_bits_beat_integers_with_the_same_feedback():
     lattice = output_error(quantized(weight, "e8p", {"hessian": correlated}), weight, correlated)
     integers = output_error(by_columns(weight, WeightSpec.parse("int2g128"), correlated), weight, correlated)
     assert lattice < 0.8 * integers
+
+
+def test_rotated_weights_lose_their_outliers():
+    weight, correlated = normal(64, 256), hessian(256)
+    weight[:, 7], weight[3, ::50] = 10 * weight[:, 7], 0.5
+    rotated = rotate(weight, "had256")
+    turned = rotate(rotate(correlated, "had256").T, "had256")
+    plain = output_error(quantized(weight, "e8p", {"hessian": correlated}), weight, correlated)
+    assert output_error(quantized(rotated, "e8p", {"hessian": turned}), rotated, turned) < 0.3 * plain
 
 
 def test_more_bits_are_better():
