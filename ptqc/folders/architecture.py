@@ -8,7 +8,7 @@ import torch
 from ptqc.errors import CheckpointError
 from ptqc.folders.folder import ModelFolder
 
-__all__ = ["architecture_of", "build_empty", "cannot_build", "planned_dtype"]
+__all__ = ["architecture_of", "build_empty", "build_unfilled", "cannot_build", "planned_dtype"]
 
 
 def architecture_of(stored: ModelFolder, trust_remote_code: bool = False) -> Any:
@@ -40,15 +40,35 @@ def build_empty(stored: ModelFolder, trust_remote_code: bool = False) -> Any:
 
     Raises: CheckpointError if transformers cannot build it.
     """
+    with torch.device("meta"):
+        return _built(stored, trust_remote_code)
+
+
+def build_unfilled(stored: ModelFolder, trust_remote_code: bool = False) -> Any:
+    """The same on the cpu, in float32 and evaluation mode: parameters are memory that nothing has touched yet.
+
+    The operating system gives such memory no pages until it is written. Buffers that no checkpoint holds have their
+    values, persistent ones have not.
+
+    Raises: CheckpointError if transformers cannot build it.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = _built(stored, trust_remote_code, dtype=torch.float32)
+    model.tie_weights()
+    return model.eval()
+
+
+def _built(stored: ModelFolder, trust_remote_code: bool, **options: Any) -> Any:
     architecture = architecture_of(stored, trust_remote_code)
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            if hasattr(architecture, "_from_config"):
-                return architecture._from_config(config)
-            return architecture.from_config(config, trust_remote_code=trust_remote_code)
+        if hasattr(architecture, "_from_config"):
+            return architecture._from_config(config, **options)
+        return architecture.from_config(config, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the fields of a hostile config fail anywhere in transformers, in any way
         raise cannot_build(stored, error) from error
 

@@ -7,7 +7,7 @@ the space a checkpoint takes can be asked of the disk beforehand.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,9 +38,9 @@ Append = Callable[[str, Tensor], None]
 """Takes the name of a tensor and its next values, or its next bytes as uint8."""
 
 
-def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+def _header(layout: Layout, metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file, and where each tensor begins. Wide types come first, so that all are aligned."""
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begins, end = {}, 0
     for name, (shape, dtype) in sorted(layout.items(), key=lambda item: -item[1][1].itemsize):
         begins[name], end = end, end + math.prod(shape) * dtype.itemsize
@@ -54,11 +54,12 @@ def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
 class TensorWriter:
     """Writes a safetensors file whose layout is known, piece by piece, its tensors in any order.
 
-    Use as a context manager; leaving it without an error checks that every tensor is complete.
+    metadata: strings for the header. Use as a context manager; leaving it without an error checks that every tensor
+    is complete.
     """
 
-    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
-        start, self._next = _header(layout)
+    def __init__(self, path: str | os.PathLike[str], layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+        start, self._next = _header(layout, metadata)
         self._missing = {name: layout_bytes({name: tensor}) for name, tensor in layout.items()}
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed in __exit__)
         self._write(0, memoryview(start))

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows: stale temporary folders stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["refuse_target", "require_space", "staged"]
+__all__ = ["hold", "refuse_target", "require_space", "staged", "unwritable"]
 
 
 def require_space(target: Path, needed: int) -> None:
@@ -49,15 +49,15 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
         staging = _hidden(path, "part")
         staging.mkdir()
     except OSError as error:
-        raise _unwritable(path, error) from None
-    lock = _hold(staging)
+        raise unwritable(path, error) from None
+    lock = hold(staging)
     try:
         yield staging
         _put_in_place(staging, path)
     except PtqcError:
         raise
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
@@ -71,7 +71,8 @@ _ADVICE = {
 }
 
 
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """What to tell when a path could not be written."""
     if isinstance(error, CheckpointError):
         return error
     advice = _ADVICE.get(error.errno or 0, "choose a folder you may write to")
@@ -103,7 +104,7 @@ def _hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.ptqc-{kind}-{secrets.token_hex(4)}")
 
 
-def _hold(folder: Path) -> int | None:
+def hold(folder: Path) -> int | None:
     """Lock a folder for as long as this process lives; None if it is in use, or cannot be locked here."""
     if fcntl is None:
         return None
@@ -122,7 +123,7 @@ def _sweep(path: Path) -> None:
     for other in path.parent.iterdir():
         if not pattern.fullmatch(other.name) or not other.is_dir():
             continue
-        lock = _hold(other)
+        lock = hold(other)
         if lock is not None:
             shutil.rmtree(other, ignore_errors=True)
             os.close(lock)

@@ -43,6 +43,7 @@ from ptqc.methods import Method, hold_scales, quantize_weight, rows_at_once
 from ptqc.recipe import Recipe, Rule, fitted_spec
 from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
+from ptqc.surroundings import Surroundings
 
 __all__ = ["OnProgress", "StreamReport", "quantize_folder"]
 
@@ -152,7 +153,7 @@ def _plan(site: Site, rule: Rule, entry: TensorEntry, dtype: torch.dtype) -> Sto
     reason = rule.method.refuses(spec)
     if reason is not None:
         raise SpecError(f'"{site.name}": {reason}')
-    return StoredWeight(spec, shape, dtype, site.is_transposed)
+    return StoredWeight(spec, shape, dtype, site.is_transposed, Surroundings(act=rule.activation))
 
 
 def _magnitude(name: str, entry: TensorEntry) -> float:
@@ -176,7 +177,10 @@ def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, method: Meth
     step = None if stored.is_transposed else rows_at_once(method, stored.spec, columns)
 
     def whole(append: Append) -> None:
-        weight = quantize_weight(entry.read(), method, stored.spec, name=name, is_transposed=stored.is_transposed)
+        weight = quantize_weight(
+            entry.read(), method, stored.spec, name=name, is_transposed=stored.is_transposed,
+            surroundings=stored.surroundings,
+        )  # fmt: skip
         for part, value in weight.tensors.items():
             append(f"{name}.{part}", value)
 
