@@ -96,8 +96,9 @@ def _axis_of_parameter(use: WeightUse, operand: fx.Node, axis: int) -> int | Non
     if operand is use.placeholder:
         return axis
     found = use.view(operand)
-    if found is not None and found.axes[axis].is_whole and found.axes[axis].of is not None:
-        return found.axes[axis].of - use.parameter.ndim
+    origin = None if found is None or not found.axes[axis].is_whole else found.axes[axis].of
+    if origin is not None:
+        return origin - use.parameter.ndim
     view, base = value_of(operand), value_of(use.placeholder)
     if not (isinstance(view, Tensor) and isinstance(base, Tensor)) or view.ndim < -axis:
         return None

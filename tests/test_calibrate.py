@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from ptqc.calibrate import batches
+from ptqc import calibrate
+from ptqc.calibrate import batches, fingerprint, shard
 from ptqc.errors import PtqcError
 
 END = 99
@@ -98,6 +99,77 @@ def test_an_endless_iterable_stops_at_the_limit_and_says_so(caplog):
 
     assert len(batches(endless(), limit=5)) == 5
     assert "stopped after 5 batches" in caplog.text
+
+
+class Chats(Words):
+    chat_template = "a template"
+
+    def apply_chat_template(self, messages, tokenize):
+        return " ".join(message["content"] for message in messages)
+
+
+TALK = [{"role": "user", "content": "a bb"}, {"role": "assistant", "content": "ccc"}]
+
+
+@pytest.mark.parametrize("talks", [TALK, [TALK], [{"messages": TALK}], [{"id": 3, "conversations": TALK}]])
+def test_conversations_are_documents(talks):
+    assert ids_of(batches(talks, Chats(), window=3)) == [[[1, 2, 3]]]
+
+
+def test_conversations_in_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": TALK})] * 2), encoding="utf-8")
+    assert ids_of(batches(tmp_path / "a.jsonl", Chats(), window=7)) == [[[1, 2, 3, END, 1, 2, 3]]]
+    with pytest.raises(PtqcError, match="no chat template"):
+        batches(tmp_path / "a.jsonl", Words(), window=7)
+
+
+def test_rows_of_a_data_set_are_documents():
+    rows = [{"text": "a bb", "label": 1}, {"text": "ccc", "label": 0}]
+    assert ids_of(batches(rows, Words(), window=4)) == [[[1, 2, END, 3]]]
+    assert ids_of(batches([{"body": "a bb ccc"}], Words(), window=3, column="body")) == [[[1, 2, 3]]]
+
+
+def test_data_sets_by_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(calibrate, "read_any_dataset", lambda *a: asked.append(a) or ["a bb ccc"])
+    assert ids_of(batches("owner/name:small", Words(), window=3, split="test")) == [[[1, 2, 3]]]
+    assert ids_of(batches("wikitext", Words(), window=3, column="body")) == [[[1, 2, 3]]]
+    assert asked == [("owner/name:small", "test", "text"), ("wikitext", "train", "body")]
+
+
+def test_batches_of_a_list_are_drawn_by_seed(caplog):
+    caplog.set_level(logging.INFO, "ptqc")
+    items = [torch.tensor([[n]]) for n in range(50)]
+    first, again, other = (ids_of(batches(items, limit=5, seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert "5 of 50 batches drawn with seed 0" in caplog.text
+    assert len(batches(items, limit=None)) == 50
+
+
+def test_shards_are_numbered(monkeypatch):
+    items = [{"input_ids": torch.tensor([[n]])} for n in range(5)]
+    assert [number for number, _ in shard(items)] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert [(number, int(batch["input_ids"])) for number, batch in shard(items)] == [(1, 1), (3, 3)]
+
+
+def test_fingerprints_tell_data_apart():
+    ids, mask = torch.tensor([[1, 2]]), torch.tensor([[1, 1]])
+    base = fingerprint([{"input_ids": ids, "mask": mask}])
+    assert base == fingerprint([{"mask": mask.clone(), "input_ids": ids.clone()}])
+    others = [
+        [{"input_ids": ids}],
+        [{"input_ids": ids.int(), "mask": mask}],
+        [{"input_ids": ids.T, "mask": mask}],
+        [{"input_ids": ids + 1, "mask": mask}],
+        [{"input_ids": mask, "mask": ids}],
+        [{"input_ids": ids}, {"mask": mask}],
+        [{"input_ids": ids, "mask": mask}] * 2,
+        [{"input_ids": torch.tensor(1.5), "mask": torch.zeros(2, dtype=torch.bfloat16)}],
+    ]
+    assert len({base, *map(fingerprint, others)}) == 9
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,33 @@ def test_tokenize_stops_at_the_limit(monkeypatch):
     tokenizer = Words()
     assert texts.tokenize("a bb ccc\n" * 100, tokenizer, limit=4).tolist() == [1, 2, 3, 1]
     assert tokenizer.calls == 1
+
+
+TALK = [{"role": "user", "content": "a"}]
+
+
+def test_conversations_in_files(tmp_path, caplog):
+    caplog.set_level("INFO", "ptqc")
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"text": "b"}), encoding="utf-8")
+    assert texts.read_any_documents(file) == [TALK, "b"]
+    with pytest.raises(PtqcError, match="holds conversations, and a text is needed"):
+        texts.read_documents(file)
+
+
+def test_conversations_in_tables(tmp_path, caplog):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    caplog.set_level("INFO", "ptqc")
+    parquet.write_table(arrow.table({"messages": [TALK, None]}), tmp_path / "a.parquet")
+    assert texts.read_any_documents(tmp_path / "a.parquet") == [TALK]
+    assert "1 of 2 documents are null" in caplog.text
+
+
+def test_conversations_in_data_sets(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"messages": [TALK]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
+    assert texts.read_any_dataset("owner/name") == [TALK]
+    with pytest.raises(PtqcError, match="'owner/name' holds conversations"):
+        texts.read_dataset("owner/name")

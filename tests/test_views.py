@@ -8,7 +8,7 @@ from ptqc.capture import capture
 from ptqc.program import program
 from ptqc.views import Axis, View, view_of
 
-E, O, I = range(3)
+EXPERT, OUT, IN = range(3)
 WHOLE = [Axis(axis) for axis in range(3)]
 IDS = torch.tensor([2, 0, 1, 1, 3])
 
@@ -20,18 +20,21 @@ def picked(axis, index, *axes):
 # name -> (function of a [4, 6, 8] parameter, its view)
 CASES = {
     "itself": (lambda w: w.to(torch.float64), View(tuple(WHOLE))),
-    "mT": (lambda w: w.mT.contiguous(), View((WHOLE[E], WHOLE[I], WHOLE[O]))),
-    "transpose": (lambda w: w.transpose(0, -1), View((WHOLE[I], WHOLE[O], WHOLE[E]))),
-    "permute": (lambda w: w.permute(2, 0, 1), View((WHOLE[I], WHOLE[E], WHOLE[O]))),
-    "number": (lambda w: w[2], picked(E, 2, WHOLE[O], WHOLE[I])),
-    "number from the end": (lambda w: w.select(0, -1), picked(E, 3, WHOLE[O], WHOLE[I])),
-    "unbind": (lambda w: w.unbind(0)[1].t(), picked(E, 1, WHOLE[I], WHOLE[O])),
-    "chunk": (lambda w: w.chunk(2, dim=1)[1], View((WHOLE[E], Axis(O, False), WHOLE[I]))),
-    "slice": (lambda w: w[:, ::2], View((WHOLE[E], Axis(O, False), WHOLE[I]))),
-    "slice at the end": (lambda w: w[..., 1:], View((WHOLE[E], WHOLE[O], Axis(I, False)))),
-    "unsqueeze": (lambda w: w[0].unsqueeze(0), picked(E, 0, Axis(), WHOLE[O], WHOLE[I])),
-    "merged": (lambda w: w.view(24, 8), View((Axis(None, False), WHOLE[I]))),
-    "split axis": (lambda w: w.view(4, 6, 2, 4), View((WHOLE[E], WHOLE[O], Axis(None, False), Axis(None, False)))),
+    "mT": (lambda w: w.mT.contiguous(), View((WHOLE[EXPERT], WHOLE[IN], WHOLE[OUT]))),
+    "transpose": (lambda w: w.transpose(0, -1), View((WHOLE[IN], WHOLE[OUT], WHOLE[EXPERT]))),
+    "permute": (lambda w: w.permute(2, 0, 1), View((WHOLE[IN], WHOLE[EXPERT], WHOLE[OUT]))),
+    "number": (lambda w: w[2], picked(EXPERT, 2, WHOLE[OUT], WHOLE[IN])),
+    "number from the end": (lambda w: w.select(0, -1), picked(EXPERT, 3, WHOLE[OUT], WHOLE[IN])),
+    "unbind": (lambda w: w.unbind(0)[1].t(), picked(EXPERT, 1, WHOLE[IN], WHOLE[OUT])),
+    "chunk": (lambda w: w.chunk(2, dim=1)[1], View((WHOLE[EXPERT], Axis(OUT, False), WHOLE[IN]))),
+    "slice": (lambda w: w[:, ::2], View((WHOLE[EXPERT], Axis(OUT, False), WHOLE[IN]))),
+    "slice at the end": (lambda w: w[..., 1:], View((WHOLE[EXPERT], WHOLE[OUT], Axis(IN, False)))),
+    "unsqueeze": (lambda w: w[0].unsqueeze(0), picked(EXPERT, 0, Axis(), WHOLE[OUT], WHOLE[IN])),
+    "merged": (lambda w: w.view(24, 8), View((Axis(None, False), WHOLE[IN]))),
+    "split axis": (
+        lambda w: w.view(4, 6, 2, 4),
+        View((WHOLE[EXPERT], WHOLE[OUT], Axis(None, False), Axis(None, False))),
+    ),
     "pointwise": (lambda w: w * 2, View(tuple(WHOLE))),
 }
 
@@ -70,7 +73,7 @@ def test_views(name):
 def test_gathers_name_their_index(use):
     for kind, node, parameter in graphs(use):
         found = view_of(node, parameter)
-        assert [axis.of for axis in found.axes] == [E, I, O], kind
+        assert [axis.of for axis in found.axes] == [EXPERT, IN, OUT], kind
         assert found.axes[0].index is not None and not found.axes[0].is_whole
 
 

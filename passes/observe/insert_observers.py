@@ -37,8 +37,12 @@ class Observer(nn.Module):
         """x: the value, None for an observer that only has a reason."""
         if x is None or self.layout is None:
             self.recorder.note(weights, self.reason)
-        else:
+            return
+        try:
             self.recorder.take(x, weights, self.layout, index)
+        except (RuntimeError, ValueError) as error:  # an observer never stops the model
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.recorder.note(weights, f"its input of shape {tuple(x.shape)} is not that of the graph: {reason}")
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,10 @@ def _stack_layout(
         return Layout(product.input_axis, "each", experts, (partners.get(lead[0][0]),)), None
     if any(axis.index is None for _, axis in lead):
         return "only some of its experts are read at a time", None
-    lead.sort(key=lambda entry: entry[1].slot)
-    slots = tuple(partners.get(place) for place, _ in lead)
-    return Layout(product.input_axis, "given", experts, slots), lead[0][1].index
+    index = lead[0][1].index
+    places = {axis.slot: place for place, axis in lead}
+    slots = tuple(partners.get(places.get(slot, 0)) for slot in range(len(shape_of(index) or ())))
+    return Layout(product.input_axis, "given", experts, slots), index
 
 
 _REGROUPING = frozenset(

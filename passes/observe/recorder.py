@@ -6,7 +6,7 @@ one accumulator: query, key and value share a Hessian, and what is made of it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from ptqc.passes.observe.layout import Layout
 from ptqc.passes.observe.reduce import gathered, is_alone, reduce_statistics
 from ptqc.statistics import Statistics
 
-__all__ = ["Key", "Recorder", "Slot"]
+__all__ = ["Key", "Recorder", "Slot", "Weight"]
+
+Weight = TypeVar("Weight", bound=Tensor)
 
 Slot = tuple[tuple[int, ...], int, int | None]
 """One accumulator: numbers of the weights that read the value, its features, and the experts of a stack."""
@@ -28,9 +30,9 @@ _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attent
 class Recorder:
     """Gathers the statistics that weights want. Call `begin` before each batch."""
 
-    def __init__(self, wanted: Mapping[Tensor, Collection[str]], *, seed: int = 0) -> None:
+    def __init__(self, wanted: Mapping[Weight, Collection[str]], *, seed: int = 0) -> None:
         """wanted: names of statistics by weight, in an order that is the same on every process. seed: of the rows."""
-        self.parameters = list(wanted)
+        self.parameters: list[Tensor] = list(wanted)
         self.wanted = [frozenset(names) for names in wanted.values()]
         self.seed = seed
         self.slots: dict[Slot, Statistics] = {}

@@ -19,7 +19,7 @@ from ptqc.calibrate import shard
 from ptqc.errors import PtqcError
 from ptqc.passes.observe.insert_observers import InsertObservers
 from ptqc.passes.observe.layout import Layout
-from ptqc.passes.observe.recorder import Recorder
+from ptqc.passes.observe.recorder import Recorder, Weight
 from ptqc.pipeline import Context, Pipeline
 
 __all__ = ["observe", "observed_graph"]
@@ -33,7 +33,7 @@ _Numbered = Sequence[tuple[int, Mapping[str, Any]]]
 def observe(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    wanted: Mapping[Tensor, Collection[str]],
+    wanted: Mapping[Weight, Collection[str]],
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -80,7 +80,7 @@ def _no_kernel(request: Any) -> Any:
 def _by_graphs(
     model: nn.Module,
     batches: _Numbered,
-    wanted: Mapping[Tensor, Collection[str]],
+    wanted: Mapping[Weight, Collection[str]],
     seed: int,
     progress: Progress | None,
 ) -> Recorder | None:

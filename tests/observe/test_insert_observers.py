@@ -22,7 +22,7 @@ ROUTED = rows(7, 64, seed=2)
 
 def observed(model, batch, kind):
     """(graph, recorder) after running the model's graph of one kind on the batch."""
-    recorder = Recorder({weight: STATISTICS for weight in model.parameters()})
+    recorder = Recorder(dict.fromkeys(model.parameters(), STATISTICS))
     (captured,) = capture(model, batch)
     if kind == "dynamo":
         module, arguments = observed_graph(captured.module, captured.values, recorder), list(captured.values)
@@ -96,7 +96,7 @@ CASES = {
         (4, 96, 64),
         lambda w, x, ids: torch.einsum("ni,nkoi->nko", x, w[ids]),
         {"x": ROUTED, "ids": torch.stack([IDS, (IDS + 1) % 4], 1)},
-        torch.stack([second_moment(ROUTED[(IDS == e) | ((IDS + 1) % 4 == e)]) for e in range(4)]),
+        torch.stack([second_moment(ROUTED[(IDS - e) * ((IDS + 1) % 4 - e) == 0]) for e in range(4)]),
     ),
 }
 
