@@ -7,6 +7,7 @@ from ptqc.methods import quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
 from ptqc.sites import Site, Skipped
+from ptqc.surroundings import Surroundings
 
 __all__ = ["assign", "needs_data", "quantize_site"]
 
@@ -43,4 +44,7 @@ def quantize_site(site: Site, rule: Rule) -> QuantTensor:
     assert rule.method is not None and rule.is_data_free
     shape = site.weight.mT.shape if site.is_transposed else site.weight.shape
     spec = fitted_spec(rule, shape)
-    return quantize_weight(site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed)
+    return quantize_weight(
+        site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed,
+        surroundings=Surroundings(act=rule.activation),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from ptqc.transforms import Transform
 
 __all__ = [
     "Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "recipe_rows", "recipe_to_yaml",
-    "rule_for",
+    "requested_rules", "rule_for",
 ]  # fmt: skip
 
 
@@ -107,6 +107,25 @@ def make_rule(
 
 
 # -------------------------------------------------------------------- recipes
+
+
+def requested_rules(
+    method: Component | Sequence[Component] | None,
+    recipe: str | Path | Recipe | Sequence[Mapping[str, Any]] | None,
+    request: Mapping[str, Any],
+) -> Recipe:
+    """The rules of a request: one for every weight, or a recipe. request: the other arguments of `make_rule`.
+
+    Raises: PtqcError for both or neither of them, or a recipe with a request beside it.
+    """
+    if (method is None) == (recipe is None):
+        raise PtqcError("give either a method or a recipe")
+    if recipe is None:
+        return [make_rule("*", method, **request)]
+    given = [name for name, value in request.items() if value is not None]
+    if given:
+        raise PtqcError(f"a recipe says everything itself; drop {', '.join(given)}")
+    return load_recipe(recipe)
 
 
 def load_recipe(recipe: str | Path | Recipe | Sequence[Mapping[str, Any]]) -> Recipe:

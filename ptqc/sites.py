@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ptqc.capture import capture
+from ptqc.capture import CapturedGraph, capture
 from ptqc.qtensor import QuantTensor
 from ptqc.select import matches
 from ptqc.spec import WeightSpec
@@ -78,11 +78,14 @@ def _held(model: nn.Module) -> list[_Held]:
     return list(held.values())
 
 
-def find_sites(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tuple[list[Site], list[Skipped]]:
+def find_sites(
+    model: nn.Module, batch: Mapping[str, Any] | None = None, graphs: Sequence[CapturedGraph] | None = None
+) -> tuple[list[Site], list[Skipped]]:
     """Every parameter that may be quantized, and every other matrix with the reason why not.
 
     batch: example inputs as keyword arguments; without them those of a transformers model are tried where they are
-    needed. Parameters on the meta device are decided by structure alone. Weights already quantized are neither.
+    needed. graphs: what capture of the model gave, if that was done already. Parameters on the meta device are decided
+    by structure alone without graphs. Weights already quantized are neither.
     """
     sites: list[Site] = []
     skipped: list[Skipped] = []
@@ -100,7 +103,7 @@ def find_sites(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tupl
             unclear.append(held)
         else:
             sites.append(_site(held, is_transposed))
-    for held, verdict in zip(unclear, _by_graph(model, unclear, batch), strict=True):
+    for held, verdict in zip(unclear, _by_graph(model, unclear, batch, graphs), strict=True):
         if isinstance(verdict, str):
             skipped.append(Skipped(held.names[0], verdict))
         else:
@@ -141,11 +144,17 @@ def _by_structure(held: _Held) -> tuple[bool | None, str | None]:
     return None, None
 
 
-def _by_graph(model: nn.Module, unclear: Sequence[_Held], batch: Mapping[str, Any] | None) -> Iterator[bool | str]:
+def _by_graph(
+    model: nn.Module,
+    unclear: Sequence[_Held],
+    batch: Mapping[str, Any] | None,
+    graphs: Sequence[CapturedGraph] | None,
+) -> Iterator[bool | str]:
     """For each unclear parameter: is_transposed, or the reason to keep it."""
     if not unclear:
         return
-    verdicts = _verdicts(model, batch)
+    found = graphs if graphs is not None else _captured(model, batch)
+    verdicts = None if found is None else _verdicts(found)
     for held in unclear:
         if verdicts is None:
             yield UNKNOWN_USE
@@ -153,7 +162,8 @@ def _by_graph(model: nn.Module, unclear: Sequence[_Held], batch: Mapping[str, An
             yield verdicts.get(id(held.weight), "no matrix product reads it")
 
 
-def _verdicts(model: nn.Module, batch: Mapping[str, Any] | None) -> dict[int, bool | str] | None:
+def _captured(model: nn.Module, batch: Mapping[str, Any] | None) -> Sequence[CapturedGraph] | None:
+    """The graphs of a model, None where there is nothing to run it on."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
     example = batch if batch is not None else getattr(model, "dummy_inputs", None)
@@ -162,12 +172,16 @@ def _verdicts(model: nn.Module, batch: Mapping[str, Any] | None) -> dict[int, bo
     device = next(model.parameters()).device
     example = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in example.items()}
     try:
-        graphs = capture(model, example)
+        return capture(model, example)
     except Exception as error:
         if batch is not None:
             raise
         log.warning("the model does not run on its dummy inputs (%s); pass calibration to reach every weight", error)
         return None
+
+
+def _verdicts(graphs: Sequence[CapturedGraph]) -> dict[int, bool | str]:
+    """For each parameter that the graphs read, by identity: is_transposed, or the reason to keep it."""
     verdicts: dict[int, bool | str] = {}
     for graph in graphs:
         for use in weight_uses(graph.module.graph, graph.parameters):

@@ -20,6 +20,7 @@ from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
 from ptqc.select import matches
 from ptqc.sites import output_head
+from ptqc.surroundings import Surroundings
 from ptqc.weights import WeightUse
 
 __all__ = ["Selection", "call_alike", "kept_weights", "learn_model", "name_of", "note_kept", "stored_weights"]
@@ -118,7 +119,10 @@ class Selection:
         if rule not in made:
             is_transposed = use.input_axis == -2
             spec = fitted_spec(rule, weight.mT.shape if is_transposed else weight.shape)
-            made[rule] = quantize_weight(weight, rule.method, spec, name=name, is_transposed=is_transposed)
+            made[rule] = quantize_weight(
+                weight, rule.method, spec, name=name, is_transposed=is_transposed,
+                surroundings=Surroundings(act=rule.activation),
+            )  # fmt: skip
         return made[rule]
 
     def _reason_to_keep(self, name: str, use: WeightUse, rule: Rule | None) -> str | None:
