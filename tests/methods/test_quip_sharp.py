@@ -75,7 +75,7 @@ def test_two_bits_beat_integers_with_the_same_feedback():
 
 def test_rotated_weights_lose_their_outliers():
     weight, correlated = normal(64, 256), hessian(256)
-    weight[:, 7], weight[3, ::50] = 10 * weight[:, 7], 0.5
+    weight[3, ::50] = 2.0
     rotated = rotate(weight, "had256")
     turned = rotate(rotate(correlated, "had256").T, "had256")
     plain = output_error(quantized(weight, "e8p", {"hessian": correlated}), weight, correlated)
