@@ -32,12 +32,21 @@ class Float64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wide_args, wide_kwargs = pytree.tree_map(widened, (args, kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and wide_args[0].ndim == 2 and wide_args[1].ndim == 3:
+            return _grouped(*wide_args, **wide_kwargs)
         try:
             return func(*wide_args, **wide_kwargs)
         except (RuntimeError, NotImplementedError):
             self.as_is.add(str(func))
             narrow = pytree.tree_map(_narrowed, (args, kwargs or {}))
             return pytree.tree_map(widened, func(*narrow[0], **narrow[1]))
+
+
+def _grouped(x: Tensor, weight: Tensor, offs: Tensor, bias: None = None, out_dtype: None = None) -> Tensor:
+    """Rows of x [rows, in], in groups that end at `offs`, each times its matrix of weight [groups, in, out]."""
+    ends = [0, *offs.tolist()]
+    parts = [x[start:end] @ matrix for start, end, matrix in zip(ends, ends[1:], weight, strict=False)]
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], weight.shape[-1])])
 
 
 def widened(value: Any) -> Any:

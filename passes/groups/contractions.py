@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ptqc.passes.groups.labels import ZERO, Scaled, compact, disagreeing, largest
 from ptqc.passes.groups.moves import operator_name, shape_of
-from ptqc.passes.groups.trace import Trace
+from ptqc.passes.groups.trace import SCORES, Trace
 
 __all__ = ["CONTRACTIONS", "Contraction", "contracted", "contraction"]
 
@@ -164,7 +164,7 @@ def _ask(trace: Trace, found: Contraction, side: _Side, partner: _Side, columns:
 def _reason(trace: Trace, side: _Side, partner: _Side) -> str:
     if partner.node in trace.facts.operands:
         return "the weight that reads it cannot take a scale along one of its axes"
-    return "is contracted with another activation"
+    return SCORES
 
 
 def _result(

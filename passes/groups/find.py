@@ -17,7 +17,7 @@ from ptqc.passes.groups.moves import operator_name, shape_of
 from ptqc.passes.groups.operands import Facts, facts, parameter_key
 from ptqc.passes.groups.producers import Producer, Use, producers, uses
 from ptqc.passes.groups.propagate import propagated
-from ptqc.passes.groups.trace import Channels, Seed
+from ptqc.passes.groups.trace import SCORES, Channels, Seed
 from ptqc.program import Program
 
 __all__ = ["find_groups"]
@@ -184,18 +184,20 @@ def _described(consumers: Sequence[_Parameter]) -> str:
 
 
 class _Reasons:
-    """Why a value has no fold: the nearest place upstream where a producer's channels died, and why."""
+    """Why a value has no fold: the nearest place upstream where a producer's channels died, and why.
+
+    What died in attention scores (queries and keys) is left out: it says nothing of the values.
+    """
 
     def __init__(self, tried: Sequence[tuple[Producer, Channels]]) -> None:
         self.at_death: dict[fx.Node, str] = {}
         self.at_label: dict[fx.Node, str] = {}
         for _, channels in tried:
-            if not channels.deaths:
-                continue
-            for death in channels.deaths:
+            reasons = [death for death in channels.deaths if not death.reason.startswith(SCORES)]
+            for death in reasons:
                 self.at_death.setdefault(death.node, death.reason)
-            for node in channels.labelled:
-                self.at_label.setdefault(node, channels.deaths[0].reason)
+            for node in channels.labelled if reasons else ():
+                self.at_label.setdefault(node, reasons[0].reason)
 
     def of(self, value: fx.Node) -> str:
         """The reason for one value, breadth first towards the inputs."""

@@ -15,7 +15,7 @@ from ptqc.passes.groups.contractions import CONTRACTIONS, contracted, contractio
 from ptqc.passes.groups.homogeneity import POINTWISE, degree_of
 from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, along, compact, disagreeing, largest
 from ptqc.passes.groups.moves import MOVES, TAKES, is_float, moved, operator_name, shape_of, taken, taken_axes
-from ptqc.passes.groups.trace import Result, Trace
+from ptqc.passes.groups.trace import SCORES, Result, Trace
 from ptqc.program import value_of
 
 __all__ = ["RULES", "apply"]
@@ -354,7 +354,7 @@ def _others_are_unscaled_attention(trace: Trace, node: fx.Node) -> bool:
     for source in node.all_input_nodes:
         scaled = trace.of(source)
         if scaled is not None and (source is not node.args[2] or source in node.args[:2]):
-            trace.kill(scaled.labels, node, "is contracted with another activation (attention scores)")
+            trace.kill(scaled.labels, node, f"{SCORES} (attention scores)")
     return True
 
 
@@ -365,7 +365,7 @@ def _convolution(trace: Trace, node: fx.Node) -> Result:
         trace.kill_inputs(node, "passes through a transposed convolution")
         return None
     product = _convolved(trace, node, x, weight, int(groups))  # type: ignore[arg-type]
-    return _plus(trace, node, product, bias)
+    return _plus_channels(trace, node, product, bias)
 
 
 def _convolved(trace: Trace, node: fx.Node, x: fx.Node, weight: fx.Node, groups: int) -> Scaled | None:
@@ -423,42 +423,34 @@ def _norm(trace: Trace, node: fx.Node) -> Result:
     at = 2 if name in ("native_layer_norm", "_fused_rms_norm") else 1
     weight = node.args[at] if len(node.args) > at else None
     bias = node.args[at + 1] if name != "_fused_rms_norm" and len(node.args) > at + 1 else None
-    gain, shift = trace.of(weight), trace.of(bias)
-    if gain is None and shift is None:
-        return None
+    gain = trace.of(weight)
     shape = shape_of(node)
-    axis_last = name in ("native_layer_norm", "_fused_rms_norm")
-
-    def placed(scaled: Scaled | None) -> Scaled | None:
-        if scaled is None:
-            return None
-        labels = scaled.labels if axis_last else along(scaled.labels, 1, shape)
-        return Scaled(labels.expand(shape), scaled.degree)
-
-    if axis_last:
-        return [_plus(trace, node, placed(gain), bias)]
-    return [_plus_channels(trace, node, placed(gain), placed(shift), bias)]
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        spread = None if gain is None else Scaled(gain.labels.expand(shape), gain.degree)
+        return [_plus(trace, node, spread, bias)]
+    spread = None if gain is None else Scaled(along(gain.labels, 1, shape), gain.degree)
+    return [_plus_channels(trace, node, spread, bias)]
 
 
-def _plus_channels(trace: Trace, node: fx.Node, gain: Scaled | None, shift: Scaled | None, bias: Any) -> Scaled | None:
-    """Like `_plus` for a bias that lies along axis 1."""
-    if bias is None:
-        return gain
-    if gain is not None and shift is None:
+def _plus_channels(trace: Trace, node: fx.Node, product: Scaled | None, bias: Any) -> Scaled | None:
+    """Like `_plus` for a bias [channels] that lies along axis 1 of the result."""
+    shift = trace.of(bias)
+    if bias is None or (product is None and shift is None):
+        return product
+    shape = shape_of(node)
+    none = torch.full((shape[1],), UNSCALED, dtype=torch.int32)
+    one = none if product is None else compact(product.labels).flatten().expand(shape[1])  # varies along axis 1 alone
+    if product is not None and shift is None:
         operand = trace.facts.operands.get(bias)
-        labels = compact(gain.labels).flatten()
-        if operand is not None and trace.ask(operand, labels, gain.degree, node):
-            return gain
-    one = compact(gain.labels) if gain is not None else torch.full((1,), UNSCALED, dtype=torch.int32)
-    other = compact(shift.labels) if shift is not None else torch.full((1,), UNSCALED, dtype=torch.int32)
+        if operand is not None and trace.ask(operand, one, product.degree, node):
+            return product
+    other = none if shift is None else shift.labels
     differs = disagreeing(one, other)
-    if gain is not None and shift is not None and gain.degree != shift.degree:
+    if product is not None and shift is not None and product.degree != shift.degree:
         differs = torch.ones_like(differs)
     for side in (one, other):
-        trace.kill(side.expand(differs.shape)[differs], node, _RESIDUAL)
-    if gain is None:
-        return None
-    return Scaled(trace.channels.cleaned(gain.labels), gain.degree)
+        trace.kill(side[differs], node, _RESIDUAL)
+    return None if product is None else Scaled(trace.channels.cleaned(product.labels), product.degree)
 
 
 def _ranked(trace: Trace, node: fx.Node) -> Result:

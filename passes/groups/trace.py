@@ -16,7 +16,9 @@ from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, compact, disagreei
 from ptqc.passes.groups.moves import shape_of
 from ptqc.passes.groups.operands import Facts, Operand
 
-__all__ = ["Channels", "Death", "Result", "Seed", "Trace"]
+__all__ = ["SCORES", "Channels", "Death", "Result", "Seed", "Trace"]
+
+SCORES = "is contracted with another activation"
 
 Result = Scaled | None | list["Scaled | None"]
 """What a node carries: nothing, labels, or a list of either."""
