@@ -43,10 +43,19 @@ class Member:
 class Transform:
     """One change of a model that keeps its function. A subclass is a frozen dataclass; its fields are its options."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Statistics of the input that it reads."""
     default_method: ClassVar[str] = "rtn"
     """The method that follows where the user names only the transform."""
+    default_options: ClassVar[Mapping[str, object]] = {}
+    """Options of that method."""
+    default_group: ClassVar[int | None] = None
+    """Group of its spec; None: the method's own."""
+    default_activation: ClassVar[ActSpec | None] = None
+    """What is done to the inputs then; None: what the method has."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of the input that it reads; may depend on its options."""
+        return frozenset()
 
     def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
         """The scale s [channels] float32, positive: columns of the members are multiplied by it, their input divided.
