@@ -29,7 +29,7 @@ class StreamReport:
     """What was done.
 
     weights: the quantized ones by name. skipped: matrices left in float, and why. is_streamed: False if the model had
-    to be loaded whole.
+    to be loaded whole. pieces: how many a calibrated run had, and resumed: those of them that were finished before.
     """
 
     weights: Mapping[str, StoredWeight]
@@ -37,6 +37,8 @@ class StreamReport:
     source_bytes: int
     written_bytes: int
     is_streamed: bool
+    pieces: int = 0
+    resumed: int = 0
 
 
 @dataclass(frozen=True)

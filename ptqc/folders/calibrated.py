@@ -1,0 +1,348 @@
+"""Quantizing a model folder with calibration data, a piece of the model at a time.
+
+1. the model is built without weights and captured on the first batch as one graph, without running it;
+2. the graph is cut into pieces (`ptqc.engine.pieces`); weights of one piece at a time are read and quantized with
+   statistics of its inputs behind the quantized pieces before it (`ptqc.engine.sequential`);
+3. each finished piece is kept in a work folder beside the output. A run that was killed, started again with the same
+   arguments, takes the finished pieces from there and writes the bytes that it would have written undisturbed;
+4. at the end the output is written from the pieces and the tensors that nothing changed.
+
+Where tensors of the folder are not the parameters of the model one by one, where the model is not one graph, or where
+batches differ in shape, the model is loaded whole instead, and the log says so. Such a run starts over when killed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import ptqc
+from ptqc.assign import assign
+from ptqc.calibrate import fingerprint
+from ptqc.capture import CapturedGraph, capture
+from ptqc.engine.activations import Activations
+from ptqc.engine.jobs import Job, Report, jobs_of, transforms_of
+from ptqc.engine.run import quantize_calibrated
+from ptqc.engine.sequential import Plan, plan_pieces, run_sequential
+from ptqc.errors import PtqcError, SpecError
+from ptqc.folders.architecture import build_empty, build_unfilled, planned_dtype
+from ptqc.folders.artefacts import Artefact, WorkFolder, work_folder_of
+from ptqc.folders.checkpoint import load, save, write_folder
+from ptqc.folders.conversion import (
+    OnProgress,
+    Request,
+    StreamReport,
+    copied,
+    model_dtype,
+    nothing_to_do,
+    refuse_source,
+    write_config,
+)
+from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
+from ptqc.folders.manifest import Manifest, StoredWeight, manifest_of
+from ptqc.folders.safefile import TensorEntry
+from ptqc.folders.shards import Append, Block
+from ptqc.folders.shelf import Shelf
+from ptqc.folders.sources import Sources, direct_sources
+from ptqc.folders.staging import refuse_target, staged, unwritable
+from ptqc.passes.groups.find import find_groups
+from ptqc.program import Program, program
+from ptqc.recipe import Recipe, Rule
+from ptqc.sites import Site, Skipped, find_sites, select_sites
+from ptqc.transforms import Transform
+
+__all__ = ["quantize_folder_calibrated"]
+
+log = logging.getLogger("ptqc")
+
+_SHARE = 0.95
+"""Of the progress: what quantizing takes; the rest is writing the output."""
+
+
+def quantize_folder_calibrated(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, Tensor]],
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    on_progress: OnProgress | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: float = 5e9,
+    work_dir: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> StreamReport:
+    """Quantize the model in `source` (a folder, or a hub repository "organisation/name") into the folder `out`.
+
+    recipe: rules whose methods and transforms may read statistics. batches: model inputs by name. include, exclude:
+    patterns as for `ptqc.quantize`. on_progress: bytes of the source done, all bytes, and what is being done. work_dir:
+    where finished pieces are kept until the end, by default beside `out`. The same arguments give the same bytes,
+    whether a run was killed on the way or not.
+
+    Raises: CheckpointError for a folder that cannot be read or written, WeightError and SpecError naming the weight;
+    nothing is left of `out` then, finished pieces are kept.
+    """
+    request = Request(
+        recipe=recipe,
+        include=None if include is None else tuple(include),
+        exclude=None if exclude is None else tuple(exclude),
+        on_progress=on_progress or (lambda done, total, name: None),
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        trust_remote_code=trust_remote_code,
+    )
+    if not batches:
+        raise PtqcError("there is no calibration data")
+    stored, target = open_folder(source), Path(out).resolve()
+    refuse_source(stored, target)
+    refuse_target(target, overwrite)
+    view = _view(stored, batches, request)
+    if isinstance(view, str):
+        log.warning("%s: %s; loading the whole model instead of a piece at a time", stored.path, view)
+        return _quantize_whole(stored, target, batches, request)
+    folder = WorkFolder(
+        work_folder_of(target) if work_dir is None else Path(work_dir).resolve(), _base(stored, batches, request)
+    )
+    try:
+        with folder:
+            report = _quantize_pieces(view, folder, target, batches, request)
+            folder.remove()
+    except PtqcError:
+        raise
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
+    return report
+
+
+# -------------------------------------------------------------------- what there is to do
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A folder whose model can be cut. dtypes: of every parameter in the output, by name."""
+
+    stored: ModelFolder
+    sources: Sources
+    model: Any
+    program: Program
+    work: Sequence[tuple[Site, Rule]]
+    skipped: tuple[Skipped, ...]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What transformers loads a parameter as."""
+        usual = model_dtype(self.stored) or self.sources.entries[name].dtype
+        return planned_dtype(self.model, name, usual)
+
+
+def _view(stored: ModelFolder, batches: Sequence[Mapping[str, Tensor]], request: Request) -> _View | str:
+    """The folder as pieces see it, or the reason why it has to be loaded whole."""
+    sources = direct_sources(build_empty(stored, request.trust_remote_code), stored)
+    if isinstance(sources, str):
+        return sources
+    if len({_signature(batch) for batch in batches}) > 1:
+        return "the calibration batches differ in shape"
+    model = build_unfilled(stored, request.trust_remote_code)
+    _fill_buffers(model, sources)
+    graph = _captured(model, batches[0])
+    if isinstance(graph, str):
+        return graph
+    whole = program(graph, model, batches[0])
+    missing = [name for name in whole.names.values() if name not in sources.entries]
+    if whole.unknown or missing:
+        return f"{missing[0]} is not stored" if missing else "the graph takes values of unknown origin"
+    sites, skipped = select_sites(*find_sites(model, graphs=[graph]), model, request.include, request.exclude)
+    work, left = assign(sites, request.recipe, has_data=True)
+    if not work:
+        raise PtqcError(nothing_to_do([*skipped, *left]))
+    return _View(stored, sources, model, whole, work, (*skipped, *left))
+
+
+def _signature(batch: Mapping[str, Tensor]) -> tuple[object, ...]:
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(batch.items()))
+
+
+def _fill_buffers(model: nn.Module, sources: Sources) -> None:
+    for name, buffer in model.named_buffers():
+        if name in sources.entries:
+            buffer.copy_(sources.entries[name].read())
+
+
+def _captured(model: nn.Module, batch: Mapping[str, Tensor]) -> CapturedGraph | str:
+    try:
+        graphs = capture(model, batch, is_run=False)
+    except Exception as error:  # what dynamo does not understand fails in any way
+        return f"the model cannot be traced ({_first_line(error)})"
+    if len(graphs) != 1 or graphs[0].stopped_by is not None:
+        return f"the model is not one graph ({graphs[0].stopped_by if graphs else 'it runs nothing'})"
+    return graphs[0]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+
+
+def _base(stored: ModelFolder, batches: Sequence[Mapping[str, Tensor]], request: Request) -> str:
+    """Hash of everything that the bytes of the output depend on."""
+    files = {}
+    for path in sorted({entry.path for entry in stored.entries.values()}):
+        state = path.stat()
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+        files[path.name] = [state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+    parts = {
+        "versions": [ptqc.__version__, torch.__version__, transformers.__version__],
+        "files": files,
+        "config": stored.config,
+        "rules": [repr(rule) for rule in request.recipe],
+        "include": request.include,
+        "exclude": request.exclude,
+        "batches": fingerprint(batches),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------- a piece at a time
+
+
+def _quantize_pieces(
+    view: _View, folder: WorkFolder, target: Path, batches: Sequence[Mapping[str, Tensor]], request: Request
+) -> StreamReport:
+    jobs = jobs_of(view.work)
+    _refuse_specs(jobs)
+    notes = Report()
+    has_scales = any(type(transform).scale is not Transform.scale for transform in transforms_of(jobs))
+    groups = find_groups([view.program]) if has_scales else []
+    plan = plan_pieces(view.program, jobs, groups, notes)
+    shelf = _shelf(view, plan, folder)
+    total = sum(entry.nbytes for entry in view.sources.entries.values())
+
+    def on_step(what: str, done: float, whole: float) -> None:
+        request.on_progress(int(_SHARE * total * done / whole), total, what)
+
+    run_sequential(
+        view.program, batches, jobs, groups, shelf, notes, on_step,
+        checkpoints=shelf, plan=plan, activations=Activations(len(batches), folder=folder.path),
+    )  # fmt: skip
+    for line in notes.notes:
+        log.warning(line)
+    weights, written = _write(view, shelf.artefacts, target, request)
+    return StreamReport(
+        weights, view.skipped, total, written, is_streamed=True, pieces=len(plan.jobs), resumed=shelf.resumed
+    )
+
+
+def _refuse_specs(jobs: Iterable[Job]) -> None:
+    """Refuse what could not be stored before anything is computed."""
+    for job in jobs:
+        try:
+            job.spec.groups(job.shape)
+        except SpecError as error:
+            raise SpecError(f'cannot store "{job.name}" as {job.spec}: {error}') from None
+        assert job.rule.method is not None
+        reason = job.rule.method.refuses(job.spec)
+        if reason is not None:
+            raise SpecError(f'"{job.name}": {reason}')
+
+
+def _shelf(view: _View, plan: Plan, folder: WorkFolder) -> Shelf:
+    names = [name for name, _ in view.model.named_parameters()]
+    dtypes = {name: view.dtype_of(name) for name in names if name in view.sources.entries}
+    biases = {site.name: bias for site, _ in view.work if (bias := _bias_of(site, view.model)) is not None}
+    jobs = frozenset(site.name for site, _ in view.work)
+    return Shelf(view.sources.entries, dtypes, biases, jobs, frozenset(plan.division.shared), folder)
+
+
+def _bias_of(site: Site, model: nn.Module) -> str | None:
+    """The bias beside a weight in the module that holds it, if no other module has the weight."""
+    if len(site.owners) > 1:
+        return None
+    module, attribute = site.owners[0]
+    name = attribute.replace("weight", "bias")
+    bias = module._parameters.get(name)
+    if bias is None or name == attribute or bias.shape != site.weight.shape[-1 if site.is_transposed else -2 :][:1]:
+        return None
+    return next((name for name, other in model.named_parameters() if other is bias), None)
+
+
+def _write(
+    view: _View, artefacts: Mapping[int, Artefact], target: Path, request: Request
+) -> tuple[dict[str, StoredWeight], int]:
+    """Write the output. Returns the quantized weights by name, and the bytes of the tensor files."""
+    made: dict[str, Artefact] = {}
+    weights: dict[str, StoredWeight] = {}
+    for artefact in artefacts.values():
+        own = artefact.manifest.weights
+        parts = Manifest(own).layout()
+        weights |= own
+        made |= dict.fromkeys([*own, *(name for name in artefact.entries if name not in parts)], artefact)
+    weights = {site.name: weights[site.name] for site, _ in view.work}
+    entries = view.sources.entries
+    blocks = [_block(name, entry, made.get(name), weights.get(name)) for name, entry in entries.items()]
+    total, done = sum(block.source_bytes for block in blocks), 0
+
+    def on_block(block: Block) -> None:
+        nonlocal done
+        done += block.source_bytes
+        request.on_progress(int(_SHARE * total + (1 - _SHARE) * done), total, block.name)
+
+    with staged(target, overwrite=request.overwrite) as staging:
+        written = write_folder(staging, blocks, request.max_shard_bytes, target, on_block)
+        copy_companions(view.stored.path, staging, with_code=request.trust_remote_code)
+        write_config(staging, view.stored, Manifest(weights, view.sources.tied), model_dtype(view.stored))
+    return weights, written
+
+
+def _block(name: str, entry: TensorEntry, artefact: Artefact | None, weight: StoredWeight | None) -> Block:
+    if artefact is None:
+        return copied(name, entry)
+    names = [name] if weight is None else list(weight.layout(name))
+    found = {one: artefact.entries[one] for one in names}
+
+    def produce(append: Append) -> None:
+        for one, part in found.items():
+            for piece in part.pieces():
+                append(one, piece)
+
+    return Block(name, {one: (part.shape, part.dtype) for one, part in found.items()}, produce, entry.nbytes)
+
+
+# -------------------------------------------------------------------- the whole model
+
+
+def _quantize_whole(
+    stored: ModelFolder, target: Path, batches: Sequence[Mapping[str, Tensor]], request: Request
+) -> StreamReport:
+    model = load(stored.path, trust_remote_code=request.trust_remote_code).eval()
+    sites, skipped = select_sites(*find_sites(model, batches[0]), model, request.include, request.exclude)
+    work, left = assign(sites, request.recipe, has_data=True)
+    if not work:
+        raise PtqcError(nothing_to_do([*skipped, *left]))
+    total = sum(entry.nbytes for entry in stored.entries.values())
+    quantize_calibrated(model, work, batches, on_progress=_scaled(request.on_progress, total))
+    save(model, target, max_shard_bytes=request.max_shard_bytes, overwrite=request.overwrite)
+    request.on_progress(total, total, "written")
+    weights = manifest_of(model.state_dict()).weights
+    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    return StreamReport(weights, (*skipped, *left), total, written, is_streamed=False)
+
+
+def _scaled(on_progress: OnProgress, total: int) -> Callable[[str, float, float], None]:
+    """Progress of the engine, in bytes of the source. Its phases count anew; here they never go back."""
+    furthest = 0
+
+    def on_step(what: str, done: float, whole: float) -> None:
+        nonlocal furthest
+        furthest = max(furthest, int(_SHARE * total * done / whole) if whole else 0)
+        on_progress(furthest, total, what)
+
+    return on_step
