@@ -7,7 +7,7 @@ stack of them) and statistics of its input, never a graph.
 import logging
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,13 @@ _WEIGHTS_AT_ONCE = 1 << 22
 class Method(Protocol):
     """Chooses the codes of one weight."""
 
-    needs: ClassVar[frozenset[str]]
-    """Names of the statistics of the input that `choose` reads; empty for methods that need no data."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics of the input that `choose` reads; empty for methods that need no data.
+
+        Of an instance: options may decide. Where they do not, a class variable is enough.
+        """
+        ...
 
     def spec(self, bits: float | None = None, group: int | None = None) -> WeightSpec:
         """The spec for a request; None asks for the method's default, group -1 for the whole row.
@@ -161,5 +166,3 @@ def whole_row(group: int | None, default: int | None) -> int | None:
     if group is None:
         return default
     return None if group == -1 else group
-
-

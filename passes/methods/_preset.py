@@ -2,17 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ptqc import storage
 from ptqc.errors import SpecError
 from ptqc.passes.methods.rtn import round_to_nearest
-from ptqc.spec import WeightSpec
+from ptqc.spec import ActSpec, WeightSpec
 
-__all__ = ["Preset", "in_groups"]
+__all__ = ["Inputs", "Preset", "in_groups", "quantized_inputs"]
+
+Inputs = Literal["float", "token", "tensor", "static"]
+"""How the inputs are quantized: not at all; by a scale per token, or for the tensor, computed from the input; by one
+that was calibrated."""
+
+_INPUTS: dict[str, ActSpec] = {
+    "token": ActSpec(dtype="int8", scale="token"),
+    "tensor": ActSpec(dtype="int8", scale="tensor"),
+    "static": ActSpec(dtype="int8", scale="tensor", is_static=True),
+}
 
 
 @dataclass(frozen=True)
@@ -52,3 +62,15 @@ def in_groups(group: int | None, default: int | None) -> str:
     """The part of a spec's name that says its group."""
     size = default if group is None else group
     return "" if size is None or size == -1 else f"g{size}"
+
+
+def quantized_inputs(inputs: Inputs, dtype: Literal["int8", "fp8e4m3"]) -> ActSpec:
+    """What a linear does to its inputs.
+
+    Raises: SpecError for a way that is not one of `Inputs`.
+    """
+    if inputs == "float":
+        return ActSpec()
+    if inputs not in _INPUTS:
+        raise SpecError(f"inputs are not quantized by {inputs!r}; use float, {', '.join(_INPUTS)}")
+    return replace(_INPUTS[inputs], dtype=dtype)

@@ -1,4 +1,4 @@
-"""`ptqc methods`: what there is to quantize with."""
+"""`ptqc methods`: what there is to quantize with, methods and transforms."""
 
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -9,33 +9,45 @@ __all__ = ["methods"]
 
 
 def methods(is_json: Json = False) -> None:
-    """List the methods.
+    """List the methods and transforms.
 
-    What each does, the format it stores by default, the bits that takes, and the options with their defaults.
+    What each does, the format it stores by default, the bits that takes, the data it needs, and the options with their
+    defaults. Transforms go before a method: smoothquant+gptq.
     """
     from ptqc.methods import METHODS
+    from ptqc.transforms import TRANSFORMS
 
-    rows = [_describe(name, METHODS.get(name)) for name in METHODS.names()]
+    rows = [_describe(name, METHODS.get(name), "method") for name in METHODS.names()]
+    rows += [_describe(name, TRANSFORMS.get(name), "transform") for name in TRANSFORMS.names()]
 
     def render() -> None:
-        made = table("method", "what it does", "default format", "bits/weight>", "options")
+        made = table("method", "what it does", "default format", "bits/weight>", "data", "options")
         for row in rows:
             options = ", ".join(f"{name}={default}" for name, default in row["options"].items())
-            made.add_row(row["name"], row["what"], row["spec"], f"{row['bits_per_weight']:.4g}", options or "-")
-        show_table(made)
+            name = row["name"] if row["kind"] == "method" else f"{row['name']} +"
+            bits, data = f"{row['bits_per_weight']:.4g}", "yes" if row["needs"] else "-"
+            made.add_row(name, row["what"], row["spec"], bits, data, options or "-")
+        show_table(made, "name +: a transform, alone (with the method that it is made for) or before another method")
 
     emit(rows, render, is_json)
 
 
-def _describe(name: str, method: Any) -> dict[str, Any]:
-    spec = method().spec()
+def _describe(name: str, kind: Any, what: str) -> dict[str, Any]:
+    from ptqc.recipe import make_rule
+
+    rule = make_rule("*", name)
+    spec, made = rule.spec, kind()
+    assert spec is not None
     return {
         "name": name,
-        "what": _summary(method),
+        "kind": what,
+        "what": _summary(kind),
+        "stands_for": rule.label,
         "spec": str(spec),
+        "activation": str(rule.activation),
         "bits_per_weight": spec.bits_per_weight,
-        "needs": sorted(method.needs),
-        "options": {field.name: _default(field) for field in fields(method)},
+        "needs": sorted(made.needs),
+        "options": {field.name: _default(field) for field in fields(kind)},
     }
 
 

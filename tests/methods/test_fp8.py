@@ -6,7 +6,7 @@ import torch
 from ptqc.errors import SpecError
 from ptqc.methods import quantize_weight
 from ptqc.passes.methods.fp8 import Float8
-from ptqc.spec import WeightSpec
+from ptqc.spec import ActSpec, WeightSpec
 from ptqc.testing import check_method
 
 
@@ -28,6 +28,14 @@ def test_specs():
         Float8().spec(4)
     assert Float8().refuses(WeightSpec.parse("fp8e4m3b128x128")) is None
     assert Float8().refuses(WeightSpec.parse("fp8e5m2")) is not None
+
+
+@pytest.mark.parametrize("inputs", ["float", "token", "tensor", "static"])
+def test_inputs(inputs):
+    name = {"float": "float", "static": "fp8e4m3-tensor-static"}.get(inputs, f"fp8e4m3-{inputs}")
+    assert Float8(inputs=inputs).activation == ActSpec.parse(name)
+    with pytest.raises(SpecError, match="use float, token, tensor, static"):
+        Float8(inputs="row")
 
 
 @pytest.mark.parametrize(("granularity", "scales"), [("channel", (200, 1)), ("tensor", (1, 1)), ("block", (2, 3))])
