@@ -3,7 +3,8 @@
 1. The other operand of every contraction that reads a weight gets an observer before its first such contraction.
 2. Weights that read the same value in the same way share it. Views that only regroup rows are looked through.
 3. A matrix takes every row; a stack of experts takes rows by the axis, the index, or the offsets that choose them.
-4. Where the input of a weight cannot be told, an observer without a value records the reason.
+4. The attention of torch, one node in dynamo's graphs, is run so that its output projection is observed inside.
+5. Where the input of a weight cannot be told, an observer without a value records the reason.
 It does not fire for parameters that no contraction reads. The graph computes what it did before: observers return
 nothing. Works on graphs of torch functions (dynamo's) and on functional ATen graphs.
 """
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from ptqc.contractions import Contraction
+from ptqc.passes.observe.attention import OUTPUT_WEIGHT, ObservedAttention, is_attention
 from ptqc.passes.observe.layout import Layout
 from ptqc.passes.observe.recorder import Recorder
 from ptqc.pipeline import Context, Pass
@@ -81,15 +83,25 @@ class InsertObservers(Pass):
         for use in weight_uses(module.graph, self.parameters):
             if self.wanted is None or use.placeholder in self.wanted:
                 _collect(use, order, readers)
+        attentions = [node for node in module.graph.nodes if is_attention(node)]
         for number, (value, found) in enumerate(readers.items()):
             module.add_submodule(f"observe_{number}", Observer(self.recorder, value.layout, value.reason))
             with module.graph.inserting_before(found.first):
                 module.graph.call_module(f"observe_{number}", (value.node, value.index, *found.weights))
-        return sum(value.layout is not None for value in readers)
+        for number, node in enumerate(attentions):
+            module.add_submodule(f"attention_{number}", ObservedAttention(self.recorder))
+            with module.graph.inserting_before(node):
+                inside = module.graph.call_module(f"attention_{number}", node.args, node.kwargs)
+            inside.meta = dict(node.meta)
+            node.replace_all_uses_with(inside)
+            module.graph.erase_node(node)
+        return sum(value.layout is not None for value in readers) + len(attentions)
 
 
 def _collect(use: WeightUse, order: Mapping[fx.Node, int], readers: dict[_Value, _Readers]) -> None:
     for product in use.products:
+        if is_attention(product.node) and product.operand is product.node.args[OUTPUT_WEIGHT]:
+            continue
         value = _value(use, product)
         found = readers.setdefault(value, _Readers(product.node))
         found.first = min(found.first, product.node, key=order.__getitem__)
