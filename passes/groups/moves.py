@@ -5,7 +5,7 @@ every element came from; there is no code per layout.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,18 @@ from torch import Tensor, fx
 
 from ptqc.program import value_of
 
-__all__ = ["KEEPS", "MOVES", "TAKES", "is_float", "moved", "operator_name", "shape_of", "taken", "taken_axes"]
+__all__ = [
+    "KEEPS",
+    "MOVES",
+    "TAKES",
+    "is_float",
+    "looked_up",
+    "moved",
+    "operator_name",
+    "shape_of",
+    "taken",
+    "taken_axes",
+]
 
 KEEPS = frozenset({"alias", "clone", "contiguous", "detach", "lift", "lift_fresh", "lift_fresh_copy", "view_as"})
 """The same elements in the same places."""
@@ -88,6 +99,20 @@ def taken_axes(node: fx.Node) -> list[int]:
         return [axis - rank for axis, index in enumerate(indices) if index is not None]
     axis: Any = node.args[1]
     return [axis - rank if axis >= 0 else axis]
+
+
+def looked_up(node: fx.Node, labels: Tensor, constants: Mapping[fx.Node, Tensor]) -> Tensor | None:
+    """The result of a take whose places are constants of the graph, exactly; None if they are not."""
+    name = operator_name(node)
+    if name not in ("index", "index_select"):
+        return None
+    places = [source for source in node.all_input_nodes if source is not node.args[0]]
+    if not places or any(place not in constants for place in places):
+        return None
+    arguments = fx.map_arg(node.args[1:], lambda place: constants[place])
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    result: Tensor = target(labels, *arguments)
+    return result
 
 
 def taken(node: fx.Node, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ptqc.passes.groups.labels import along, compact, largest, shrunk
-from ptqc.passes.groups.moves import KEEPS, MOVES, TAKES, moved, operator_name, shape_of, taken, taken_axes
+from ptqc.passes.groups.moves import KEEPS, MOVES, TAKES, looked_up, moved, operator_name, shape_of, taken, taken_axes
 from ptqc.program import Program, value_of
 
 __all__ = ["Facts", "Operand", "facts", "parameter_key"]
@@ -73,7 +73,7 @@ class Facts:
     """What is known of a program before anything is scaled.
 
     order: position of every node. operands: nodes that derive from one parameter. keys: placeholder -> parameter.
-    zeros: nodes whose elements are all exactly zero.
+    zeros: nodes whose elements are all exactly zero. constants: integers that depend on nothing.
     """
 
     program: Program
@@ -81,6 +81,7 @@ class Facts:
     operands: Mapping[fx.Node, Operand]
     keys: Mapping[fx.Node, int]
     zeros: frozenset[fx.Node]
+    constants: Mapping[fx.Node, Tensor]
 
 
 def parameter_key(parameter: Tensor) -> int:
@@ -98,18 +99,38 @@ def facts(program: Program) -> Facts:
         maps = tuple(along(torch.arange(size, dtype=torch.int32), at, shape) for at, size in enumerate(shape))
         operands[node] = Operand(node, node, key, maps)
     zeros: set[fx.Node] = set()
+    constants = _constants(program)
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        derived = _derived(node, operands)
+        derived = _derived(node, operands, constants)
         if derived is not None:
             operands[node] = derived
         if _is_zero(node, zeros):
             zeros.add(node)
-    return Facts(program, order, operands, keys, frozenset(zeros))
+    return Facts(program, order, operands, keys, frozenset(zeros), constants)
 
 
-def _derived(node: fx.Node, operands: Mapping[fx.Node, Operand]) -> Operand | None:
+_COMPUTED = KEEPS | MOVES | {"_to_copy", "add", "arange", "mul", "sub"}
+_LARGEST_CONSTANT = 1 << 20
+
+
+def _constants(program: Program) -> dict[fx.Node, Tensor]:
+    """Integer constants of a graph (indices that the model's code spells out), computed."""
+    found: dict[fx.Node, Tensor] = {}
+    for node in program.graph.nodes:
+        value = getattr(program.module, str(node.target), None) if node.op == "get_attr" else value_of(node)
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.numel() > _LARGEST_CONSTANT:
+            continue
+        if node.op == "get_attr" and type(value) is Tensor:
+            found[node] = value
+        elif operator_name(node) in _COMPUTED and all(source in found for source in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: found[source])
+            found[node] = node.target(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+    return found
+
+
+def _derived(node: fx.Node, operands: Mapping[fx.Node, Operand], constants: Mapping[fx.Node, Tensor]) -> Operand | None:
     name = operator_name(node)
     value = value_of(node)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not node.args:
@@ -125,7 +146,7 @@ def _derived(node: fx.Node, operands: Mapping[fx.Node, Operand]) -> Operand | No
         return _with(base, node, base.maps)
     others = [source for source in node.all_input_nodes if source is not base.node]
     if name in TAKES:
-        return _with(base, node, tuple(_taken_map(node, index) for index in base.maps))
+        return _with(base, node, tuple(_taken_map(node, index, constants) for index in base.maps))
     if name in MOVES and name != "constant_pad_nd" and not others:
         return _with(base, node, tuple(None if index is None else moved(node, index, 0) for index in base.maps))
     return None
@@ -147,9 +168,12 @@ def _with(base: Operand, node: fx.Node, maps: tuple[Tensor | None, ...]) -> Oper
     return Operand(node, base.source, base.key, maps, base.offset, base.factor)
 
 
-def _taken_map(node: fx.Node, index: Tensor | None) -> Tensor | None:
+def _taken_map(node: fx.Node, index: Tensor | None, constants: Mapping[fx.Node, Tensor]) -> Tensor | None:
     if index is None:
         return None
+    exact = looked_up(node, index, constants)
+    if exact is not None:
+        return exact
     for axis in taken_axes(node):
         top, differing = largest(index, axis)
         if differing.numel():

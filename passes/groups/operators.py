@@ -14,7 +14,17 @@ from torch import Tensor, fx
 from ptqc.passes.groups.contractions import CONTRACTIONS, contracted, contraction
 from ptqc.passes.groups.homogeneity import POINTWISE, degree_of
 from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, along, compact, disagreeing, largest
-from ptqc.passes.groups.moves import MOVES, TAKES, is_float, moved, operator_name, shape_of, taken, taken_axes
+from ptqc.passes.groups.moves import (
+    MOVES,
+    TAKES,
+    is_float,
+    looked_up,
+    moved,
+    operator_name,
+    shape_of,
+    taken,
+    taken_axes,
+)
 from ptqc.passes.groups.trace import SCORES, Result, Trace
 from ptqc.program import value_of
 
@@ -233,6 +243,9 @@ def _take(trace: Trace, node: fx.Node) -> Result:
         if any(index is not None and value_of(index).dtype in (torch.bool, torch.uint8) for index in indices):
             trace.kill(scaled.labels, node, "is selected by a mask")
             return None
+    exact = looked_up(node, scaled.labels, trace.facts.constants)
+    if exact is not None:
+        return Scaled(exact, scaled.degree)
     reason = "is read at places that the data chooses"
     return Scaled(taken(node, trace.constant_along(scaled.labels, taken_axes(node), node, reason)), scaled.degree)
 

@@ -34,6 +34,12 @@ def _fused_grouped(m, x):
     return x + m.o(attention(q, k, v, 4, 2))
 
 
+def _fused_by_index(m, x):
+    heads = m.qkv(m.norm(x)).view(2, 8, 6, 4)
+    q, k, v = heads[:, :, :-2], heads[:, :, [-2]], heads[:, :, [-1]]
+    return x + m.o(attention(q.flatten(-2), k.flatten(-2), v.flatten(-2), 4, 1))
+
+
 def _gated(m, x):
     h = m.norm(x)
     return x + m.down(F.silu(m.gate(h)) * m.up(h))
@@ -158,6 +164,8 @@ CASES = {
                        {frozenset({"qkv"}): "fold", frozenset("o"): "fold"}),
     "fused grouped": (_fused_grouped, _parts("o", N, {"qkv": linear(16, 32)}),
                       {frozenset({"qkv"}): "fold", frozenset("o"): "fold"}),
+    "fused by index": (_fused_by_index, _parts("o", N, {"qkv": linear(16, 24)}),
+                       {frozenset({"qkv"}): "fold", frozenset("o"): "fold"}),
     "gated": (_gated, _parts("gate up down", N), GATED),
     "fused gated": (_fused_gated, _parts("down", N, {"gate_up": linear(16, 32)}),
                     {frozenset({"gate_up"}): "fold", frozenset({"down"}): "fold"}),
