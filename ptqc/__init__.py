@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptqc.folders.checkpoint import load, save
     from ptqc.folders.flatten import flatten_state_dict, unflatten_state_dict
     from ptqc.folders.hf import PtqcConfig
+    from ptqc.plan import plan
     from ptqc.qtensor import QuantTensor
     from ptqc.sites import inventory
     from ptqc.spec import ActSpec, WeightSpec
@@ -31,10 +32,12 @@ __all__ = [
     "PtqcError",
     "QuantTensor",
     "WeightSpec",
+    "auto",
     "export",
     "flatten_state_dict",
     "inventory",
     "load",
+    "plan",
     "quantize",
     "report_of",
     "save",
@@ -49,10 +52,12 @@ _HOMES = {
     "PtqcError": "ptqc.errors",
     "QuantTensor": "ptqc.qtensor",
     "WeightSpec": "ptqc.spec",
+    "auto": "ptqc.auto",
     "export": "ptqc.codegen.exporters",
     "flatten_state_dict": "ptqc.folders.flatten",
     "inventory": "ptqc.sites",
     "load": "ptqc.folders.checkpoint",
+    "plan": "ptqc.plan",
     "quantize": "ptqc.api",
     "report_of": "ptqc.api",
     "save": "ptqc.folders.checkpoint",

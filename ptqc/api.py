@@ -1,5 +1,6 @@
 """The Python door: `quantize`, and what it has to say."""
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import nn
 
 from ptqc.assign import assign, quantize_site
+from ptqc.auto import auto
 from ptqc.calibrate import batches
 from ptqc.components import Component
 from ptqc.engine.jobs import Report
 from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, Rule, load_recipe, make_rule
+from ptqc.recipe import Recipe, Rule, requested_rules
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.spec import ActSpec, WeightSpec
 
@@ -55,7 +57,8 @@ def quantize(
     """Quantize the weights of a model in place and return it.
 
     method: a name that `ptqc methods` lists, a configured method, or transforms and a method, as in
-    ["smoothquant", "gptq"]; see `ptqc.components`. `options` are its options.
+    ["smoothquant", "gptq"]; see `ptqc.components`. `options` are its options. "auto" chooses the bits of every weight
+    for a mean of `bits`, see `ptqc.auto`.
     bits, group_size: what to ask of the method; group_size -1 is the whole row, and a group that does not divide a
     weight gives way to the nearest that does (logged). spec: an exact storage format instead ("int4g64z", "nf4g64dq").
     activation: how inputs are quantized at run time ("int8-token"), if not as the method has it.
@@ -73,7 +76,12 @@ def quantize(
     unchanged then.
     """
     request = {"bits": bits, "group_size": group_size, "spec": spec, "activation": activation}
-    rules = _rules(method, recipe, request | {"options": options or None})
+    if method == "auto" and recipe is None:
+        asked = request | {"tokenizer": tokenizer, "seed": seed, "include": include, "exclude": exclude} | options
+        with _shown(progress) as advance:
+            rules = _auto(model, calibration, asked, advance)
+    else:
+        rules = requested_rules(method, recipe, request | {"options": options or None})
     drawn = _drawn(calibration, tokenizer, rules, samples=samples, window=window, seed=seed)
     sites, skipped = select_sites(*find_sites(model, drawn[0] if drawn else None), model, include, exclude)
     work, left = assign(sites, rules, has_data=bool(drawn))
@@ -119,15 +127,17 @@ def _quantize_alone(work: Work, advance: Callable[[str, float, float], None]) ->
     return quantized
 
 
-def _rules(method: Any, recipe: Any, request: dict[str, Any]) -> Recipe:
-    if (method is None) == (recipe is None):
-        raise PtqcError("give either a method or a recipe")
-    if recipe is None:
-        return [make_rule("*", method, **request)]
-    given = [name for name, value in request.items() if value is not None]
-    if given:
-        raise PtqcError(f"a recipe says everything itself; drop {', '.join(given)}")
-    return load_recipe(recipe)
+def _auto(
+    model: nn.Module, calibration: Any, request: Mapping[str, Any], advance: Callable[[str, float, float], None]
+) -> Recipe:
+    """The recipe that `ptqc.auto` chooses. request: its arguments, those that were not given left out."""
+    if calibration is None:
+        raise PtqcError("auto measures what weights are worth on calibration data; pass calibration=...")
+    given = {name: value for name, value in request.items() if value is not None}
+    unknown = sorted(set(given) - set(inspect.signature(auto).parameters))
+    if unknown:
+        raise PtqcError(f"auto has no option {', '.join(unknown)}; known: bits, base, candidates, group_size, measure")
+    return auto(model, calibration, **given, on_step=advance)
 
 
 @contextmanager

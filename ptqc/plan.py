@@ -28,13 +28,14 @@ from ptqc.groups import ScaleGroup
 from ptqc.passes.groups.find import find_groups
 from ptqc.program import program
 from ptqc.recipe import Recipe, Rule, fitted_spec, requested_rules
-from ptqc.sites import Site, Skipped, find_sites, select_sites
+from ptqc.sites import UNUSED, Site, Skipped, find_sites, select_sites
 from ptqc.spec import ActSpec, WeightSpec
 from ptqc.weights import weight_uses
 
 __all__ = ["Plan", "PlannedGroup", "PlannedWeight", "plan", "plan_work"]
 
 Work = Sequence[tuple[Site, Rule]]
+NOT_CAPTURED = "no graph: none is needed"
 _TOKENS = (1, 16)
 """Batch and length of the example that a model is captured on where nothing else is known."""
 
@@ -105,8 +106,9 @@ class Plan:
             f"plan: {len(self.weights)} weights ({what or 'none'}), {self.bits_per_weight:.4g} bits per weight",
             f"  {_mb(self.source_bytes)} -> {_mb(self.output_bytes)}; about {_mb(self.peak_bytes)} of memory and "
             f"{_duration(self.seconds)} (estimates)",
-            f"  captured as {self.capture}" + self._groups_in_short(),
         ]
+        if self.capture != NOT_CAPTURED:
+            lines.append(f"  captured as {self.capture}" + self._groups_in_short())
         if self.skipped:
             reasons = Counter(entry.reason for entry in self.skipped).most_common()
             more = f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
@@ -147,6 +149,7 @@ def plan(
     samples: int = 128,
     window: int = 512,
     batch: Mapping[str, Tensor] | None = None,
+    with_groups: bool = True,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Plan:
@@ -154,7 +157,8 @@ def plan(
 
     model: a model, which may be on the meta device, or a model folder (or hub repository). calibration: as for
     `quantize`; only one batch of it is looked at. batch: example inputs by name instead; without either the model's own
-    dummy inputs serve. samples, window: of the calibration to come, for the estimates.
+    dummy inputs serve. samples, window: of the calibration to come, for the estimates. with_groups: look for scale
+    groups; without, the model is only captured if the use of a weight is unknown otherwise.
 
     Raises: PtqcError for a request that cannot be.
     """
@@ -166,8 +170,11 @@ def plan(
     if batch is None and calibration is not None:
         batch = batches(calibration, tokenizer, window=window, limit=1)[0]
     example = _example(made, batch)
-    graphs, how = _captured(made, example)
-    sites, skipped = select_sites(*find_sites(made, graphs=graphs or None), made, include, exclude)
+    found = find_sites(made, graphs=[])
+    is_captured = with_groups or any(entry.reason == UNUSED for entry in found[1])
+    graphs, how = _captured(made, example) if is_captured else ([], NOT_CAPTURED)
+    found = find_sites(made, graphs=graphs or None) if is_captured else found
+    sites, skipped = select_sites(*found, made, include, exclude)
     work, left = assign(sites, rules, has_data=True)
     tokens = samples * window
     return _planned(made, work, [*skipped, *left], _Seen(graphs, how, example or {}), tokens, is_streamed)

@@ -20,12 +20,17 @@ from ptqc.select import matches
 from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
 
-__all__ = ["UNKNOWN_USE", "Entry", "Site", "Skipped", "find_sites", "inventory", "output_head", "select_sites"]
+__all__ = [
+    "UNKNOWN_USE", "UNUSED", "Entry", "Site", "Skipped", "find_sites", "inventory", "output_head", "select_sites",
+]  # fmt: skip
 
 log = logging.getLogger("ptqc")
 
 UNKNOWN_USE = "how it is used is unknown without an example batch (pass calibration)"
 """The reason that stands for: only running the model can tell."""
+
+UNUSED = "no matrix product reads it"
+"""The reason of a matrix that is in no graph, or in none as the operand of a product."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -159,7 +164,7 @@ def _by_graph(
         if verdicts is None:
             yield UNKNOWN_USE
         else:
-            yield verdicts.get(id(held.weight), "no matrix product reads it")
+            yield verdicts.get(id(held.weight), UNUSED)
 
 
 def _captured(model: nn.Module, batch: Mapping[str, Any] | None) -> Sequence[CapturedGraph] | None:

@@ -18,8 +18,9 @@ from ptqc.folders.checkpoint import load
 from ptqc.methods import METHODS
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.qtensor import QuantTensor
+from ptqc.transforms import TRANSFORMS
 
-COMMANDS = ("quantize", "eval", "compare", "inspect", "generate", "export", "methods")
+COMMANDS = ("quantize", "plan", "eval", "compare", "inspect", "generate", "export", "methods")
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +274,59 @@ def test_a_method_that_needs_data_says_so(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS._entries, "needy", Needy)
     code, _, err = run("quantize", tiny, "--method", "needy", "--out", tmp_path / "out")
     assert code == 2
-    assert "Needy needs calibration data; add --calibration" in err
+    assert "needy needs calibration data; add --calibration" in err
+
+
+def test_auto_needs_data_and_says_so(run, tiny, tmp_path):
+    code, _, err = run("quantize", tiny, "--method", "auto", "--bits", "3.5", "--out", tmp_path / "out")
+    assert (code, "auto needs calibration data; add --calibration" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_auto_spends_its_bits(run_json, tiny, tmp_path):
+    words = (
+        "--method",
+        "auto",
+        "--bits",
+        "4.75",
+        "--group-size",
+        "32",
+        "--option",
+        "base=rtn",
+        "--calibration",
+        "docs",
+    )
+    document = run_json("quantize", tiny, *words, "--out", tmp_path / "out")
+    assert 4 < document["bits_per_weight"] <= 4.75
+    assert len(document["formats"]) > 1
+
+
+@pytest.mark.slow
+def test_transforms_and_methods_by_name(run_json, tiny, tmp_path):
+    words = ("--method", "smoothquant+gptq", "--calibration", "docs", "--samples", "4", "--window", "64")
+    document = run_json("quantize", tiny, *words, "--group-size", "32", "--out", tmp_path / "out")
+    assert document["formats"] == {"int4g32": 14}
+
+
+# -------------------------------------------------------------------- plan
+
+
+def test_plan_lists_weights_groups_and_reasons(run, run_json, tiny):
+    words = ("plan", tiny, "--method", "rtn", "--group-size", 32)
+    document = run_json(*words)
+    assert (len(document["weights"]), document["bits_per_weight"]) == (14, 4.5)
+    assert {group["kind"] for group in document["groups"]} >= {"fold"}
+    code, out, _ = run(*words, "--all")
+    assert code == 0
+    assert "model.layers.1.mlp.up_proj.weight" in out
+    assert "an embedding" in out
+
+
+def test_a_plan_that_touches_nothing_fails_with_the_reasons(run, tiny):
+    code, out, err = run("plan", tiny, "--method", "rtn", "--exclude", "*")
+    assert code == 2
+    assert "plan: 0 weights" in out
+    assert "ptqc: nothing would be quantized (14 x excluded" in err
 
 
 # -------------------------------------------------------------------- the other commands
@@ -360,11 +413,16 @@ def test_generate_samples_with_a_seed(run_json, quantized):
 
 def test_methods_lists_every_method(run, run_json):
     rows = {row["name"]: row for row in run_json("methods")}
-    assert list(rows) == METHODS.names()
+    assert list(rows) == METHODS.names() + TRANSFORMS.names()
     assert rows["rtn"] == {
-        "name": "rtn", "what": "Round to nearest", "spec": "int4g64", "bits_per_weight": 4.25, "needs": [],
-        "options": {"symmetric": True},
+        "name": "rtn", "kind": "method", "what": "Round to nearest", "stands_for": "rtn", "spec": "int4g64",
+        "activation": "float", "bits_per_weight": 4.25, "needs": [], "options": {"symmetric": True},
     }  # fmt: skip
+    assert (rows["awq"]["kind"], rows["awq"]["stands_for"], rows["awq"]["spec"]) == (
+        "transform",
+        "awq+rtn",
+        "int4g128z",
+    )
     assert "symmetric=True" in run("methods")[1]
 
 

@@ -23,6 +23,7 @@ from ptqc.cli.export import export
 from ptqc.cli.generate import generate
 from ptqc.cli.inspect import inspect
 from ptqc.cli.methods import methods
+from ptqc.cli.plan import plan
 from ptqc.cli.quantize import quantize
 from ptqc.errors import PtqcError
 
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _name, _function in {
-    "quantize": quantize, "eval": run_eval, "compare": compare, "inspect": inspect, "generate": generate,
+    "quantize": quantize, "plan": plan, "eval": run_eval, "compare": compare, "inspect": inspect, "generate": generate,
     "export": export, "methods": methods,
 }.items():  # fmt: skip
     app.command(_name)(cast(Callable[..., None], _function))

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,18 +22,34 @@ if TYPE_CHECKING:
     from ptqc.recipe import Recipe
     from ptqc.sites import Skipped
 
-__all__ = ["Exclude", "Include", "quantize"]
+__all__ = [
+    "Activation", "Bits", "Calibration", "Exclude", "GroupSize", "Include", "Method", "RecipeFile", "Samples", "Spec",
+    "Window", "quantize",
+]  # fmt: skip
 
-Method = Annotated[str | None, typer.Option(help="How to choose the codes: a name that `ptqc methods` lists.")]
-Bits = Annotated[float | None, typer.Option(help="Bits of a code: 1.58 (ternary), 2, 3, 4, 5, 6, 8.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="A name that `ptqc methods` lists; transforms go first, as in smoothquant+gptq; auto chooses bits."
+    ),
+]
+Bits = Annotated[
+    float | None, typer.Option(help="Bits of a code: 1.58 (ternary), 2, 3, 4, 5, 6, 8; the mean with --method auto.")
+]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale; -1 for the whole row.")]
 Spec = Annotated[str | None, typer.Option(help="The exact format instead of bits and group size, as in nf4g64dq.")]
+Activation = Annotated[str | None, typer.Option(help="What is done to inputs at run time, as in int8-token.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML rules (pattern, method, spec ...) instead.")]
 Include = Annotated[list[str] | None, typer.Option(help="Only weights that match: a glob, or re:<regex>. Repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Leave weights that match in float. Repeatable.")]
 Calibration = Annotated[str | None, typer.Option(help="Example text: docs, code, or a .txt, .jsonl or .parquet file.")]
+Samples = Annotated[int, typer.Option(help="Windows of calibration text to use.", min=1)]
+Window = Annotated[int, typer.Option(help="Tokens of a window of calibration text.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of windows.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there already.")]
+
+_AUTO = "auto"
 
 
 def quantize(
@@ -42,11 +59,15 @@ def quantize(
     bits: Bits = None,
     group_size: GroupSize = None,
     spec: Spec = None,
+    activation: Activation = None,
     option: Options = None,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
     calibration: Calibration = None,
+    samples: Samples = 128,
+    window: Window = 512,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -56,50 +77,67 @@ def quantize(
 
     Where the method needs no calibration data, the model is never in memory as a whole.
     """
-    from ptqc.recipe import load_recipe, make_rule
+    from ptqc.recipe import requested_rules
 
-    request = {"bits": bits, "group_size": group_size, "spec": spec, "options": read_options(option) or None}
+    request: dict[str, Any] = {"bits": bits, "group_size": group_size, "spec": spec, "activation": activation}
+    request["options"] = read_options(option) or None
     if (method is None) == (recipe is None):
         raise PtqcError("give either --method or --recipe")
     given = [f"--{name.replace('_', '-')}" for name, value in request.items() if value is not None]
     if recipe is not None and given:
         raise PtqcError(f"a recipe says everything itself; drop {', '.join(given)}")
-    rules = load_recipe(recipe) if recipe is not None else [make_rule("*", method, **request)]  # type: ignore[arg-type]
-    needy = sorted({type(rule.method).__name__ for rule in rules if rule.method is not None and rule.method.needs})
+    rules = None if method == _AUTO else requested_rules(method, recipe, request)
+    needy = [_AUTO] if rules is None else sorted({rule.label for rule in rules if _wants_data(rule)})
     if needy and calibration is None:
         raise PtqcError(f"{', '.join(needy)} needs calibration data; add --calibration docs, or a file")
     started = time.perf_counter()
-    if calibration is None:
-        document = _stream(model, out, rules, include, exclude, overwrite, trust_remote_code)
+    place = _Place(model, out, overwrite, device, trust_remote_code)
+    if calibration is None and rules is not None:
+        document = _stream(place, rules, include, exclude)
     else:
-        options = {"recipe": rules, "include": include, "exclude": exclude, "calibration": calibration}
-        document = _in_memory(model, out, options, overwrite, device, trust_remote_code)
+        data = {"calibration": calibration, "samples": samples, "window": window, "seed": seed}
+        chosen = {"include": include, "exclude": exclude} | data
+        document = _in_memory(place, chosen | ({"recipe": rules} if rules else {"method": _AUTO} | _auto(request)))
     document["seconds"] = time.perf_counter() - started
     emit(document, lambda: _show(document), is_json)
 
 
+def _wants_data(rule: Any) -> bool:
+    return rule.method is not None and not rule.is_data_free
+
+
+def _auto(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a request for `auto`, its options among them."""
+    given = {name: value for name, value in request.items() if value is not None}
+    options: dict[str, Any] = given.pop("options", {})
+    return given | options
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model comes from and goes to."""
+
+    model: str
+    out: Path
+    overwrite: bool
+    device: str
+    trust_remote_code: bool
+
+
 def _stream(
-    model: str,
-    out: Path,
-    rules: Recipe,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    overwrite: bool,
-    trust_remote_code: bool,
+    place: _Place, rules: Recipe, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, Any]:
     from ptqc.folders.stream import quantize_folder
 
     with progress("quantizing", "bytes") as advance:
         report = quantize_folder(
-            model, out, recipe=rules, include=include, exclude=exclude, overwrite=overwrite, on_progress=advance,
-            trust_remote_code=trust_remote_code,
+            place.model, place.out, recipe=rules, include=include, exclude=exclude, overwrite=place.overwrite,
+            on_progress=advance, trust_remote_code=place.trust_remote_code,
         )  # fmt: skip
-    return _document(out, report.weights, report.skipped, report.source_bytes)
+    return _document(place.out, report.weights, report.skipped, report.source_bytes)
 
 
-def _in_memory(
-    model: str, out: Path, options: dict[str, Any], overwrite: bool, device: str, trust_remote_code: bool
-) -> dict[str, Any]:
+def _in_memory(place: _Place, options: dict[str, Any]) -> dict[str, Any]:
     from ptqc.api import quantize as quantize_model
     from ptqc.folders.checkpoint import save
     from ptqc.folders.folder import open_folder
@@ -107,14 +145,14 @@ def _in_memory(
     from ptqc.folders.safefile import layout_bytes
     from ptqc.folders.staging import refuse_target
 
-    refuse_target(out.resolve(), overwrite)
-    tokenizer = load_tokenizer(model, trust_remote_code)
-    loaded = load_model(model, device, trust_remote_code=trust_remote_code)
+    refuse_target(place.out.resolve(), place.overwrite)
+    tokenizer = load_tokenizer(place.model, place.trust_remote_code)
+    loaded = load_model(place.model, place.device, trust_remote_code=place.trust_remote_code)
     quantize_model(loaded, tokenizer=tokenizer, **options)
-    note(f"writing {out}")
-    save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
+    note(f"writing {place.out}")
+    save(loaded, place.out, tokenizer=tokenizer, overwrite=place.overwrite)
     weights = manifest_of(dict(loaded.named_parameters())).weights
-    return _document(out, weights, (), layout_bytes(open_folder(model).layout))
+    return _document(place.out, weights, (), layout_bytes(open_folder(place.model).layout))
 
 
 def _document(
