@@ -50,6 +50,18 @@ class Surroundings:
     input_rotation: str | None = None
     output_rotation: str | None = None
     act: ActSpec = dataclasses.field(default_factory=ActSpec)
+    extra_names: tuple[str, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    """Names of the extras, in the order of `EXTRAS`; kept, since every view of a weight asks for them."""
+
+    def __post_init__(self) -> None:
+        has = {
+            "input_scale": self.input_scale,
+            "order": self.order,
+            "input_signs": self.input_rotation is not None,
+            "output_signs": self.output_rotation is not None,
+            "act_scale": self.act.is_static,
+        }
+        object.__setattr__(self, "extra_names", tuple(name for name in EXTRAS if has[name]))
 
     @property
     def is_trivial(self) -> bool:
@@ -78,25 +90,13 @@ class Surroundings:
         _check_rotation(self.output_rotation, out_features)
         return {name: layout[name] for name in self.extra_names}
 
-    @property
-    def extra_names(self) -> list[str]:
-        """Names of the extras, in the order of `EXTRAS`."""
-        has = {
-            "input_scale": self.input_scale,
-            "order": self.order,
-            "input_signs": self.input_rotation is not None,
-            "output_signs": self.output_rotation is not None,
-            "act_scale": self.act.is_static,
-        }
-        return [name for name in EXTRAS if has[name]]
-
     def to_json(self) -> dict[str, Any]:
         """The JSON form: the fields that are not the default, `act` by its name.
 
         >>> Surroundings(order=True, act=ActSpec(dtype="int8")).to_json()
         {'order': True, 'act': 'int8-token'}
         """
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         default = Surroundings()
         changed = {name: value for name, value in fields.items() if value != getattr(default, name)}
         return {name: str(value) if name == "act" else value for name, value in changed.items()}
