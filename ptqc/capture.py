@@ -5,7 +5,8 @@ good case; graph breaks give several, and everything that reads them works per g
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,9 @@ def capture(model: nn.Module, batch: Mapping[str, Any], *, is_run: bool = True) 
     The model is unchanged. is_run: execute the graphs; without, capture ends at the first graph, and no parameter is
     read (a model whose weights are not there yet can be captured that way, if it is one graph).
 
+    A transformers model is asked for no cache of keys and values: returned, they would be results of the graph, which
+    nothing may change, although only the model itself reads them.
+
     Raises whatever the model itself raises on the batch.
     """
     graphs: list[CapturedGraph] = []
@@ -66,7 +70,7 @@ def capture(model: nn.Module, batch: Mapping[str, Any], *, is_run: bool = True) 
 
     torch._dynamo.reset()
     try:
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        with torch.no_grad(), _without_cache(model), torch._dynamo.config.patch(recompile_limit=64):
             torch.compile(model, backend=keep)(**batch)
     except Exception as error:
         if is_run or not graphs or not _is_stop(error):
@@ -75,6 +79,20 @@ def capture(model: nn.Module, batch: Mapping[str, Any], *, is_run: bool = True) 
         torch._dynamo.reset()
     log.info("captured %d graph(s)", len(graphs))
     return graphs
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Ask every part of a transformers model for no cache, by its configuration."""
+    held = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    asked = [config for config in held.values() if getattr(config, "use_cache", False) is True]
+    for config in asked:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asked:
+            config.use_cache = True
 
 
 def _break_of(module: fx.GraphModule) -> str | None:

@@ -59,10 +59,11 @@ def quantize_calibrated(
     model.eval()
     try:
         with torch.no_grad():
+            batches = _moved(model, batches)
             view = _view(model, batches, report)
-            groups = find_groups(view.programs) if view.programs and _wants_groups(jobs) else []
+            groups = _groups(model, view, batches[0]) if view.programs and _wants_groups(jobs) else []
             if is_sequential and view.can_be_cut:
-                report.route = f"one graph, {report.route}".rstrip(", ")
+                report.route = "one graph, in pieces"
                 run_sequential(view.programs[0], batches, jobs, groups, weights, report, on_progress)
             else:
                 _one_stage(model, view, batches, jobs, groups, weights, report, on_progress)
@@ -71,6 +72,15 @@ def quantize_calibrated(
     for line in report.notes:
         log.warning(line)
     return weights.commit(), report
+
+
+def _moved(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches where the model is."""
+    device = next(model.parameters()).device
+    return [
+        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for batch in batches
+    ]
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ def _view(model: nn.Module, batches: Sequence[Batch], report: Report) -> _View:
         if graphs:
             report.note(f"the model runs as {len(graphs)} graphs ({broken}); statistics are those of the float model")
         return _View(tuple(programs))
+    report.route = "one graph, at once"
     if programs[0].unknown:
         report.note("the graph takes values that are neither parameters, buffers nor inputs; not cut into pieces")
         return _View(tuple(programs))
@@ -107,6 +118,24 @@ def _view(model: nn.Module, batches: Sequence[Batch], report: Report) -> _View:
         )
         return _View(tuple(programs))
     return _View(tuple(programs), can_be_cut=True)
+
+
+_FEW_TOKENS = 16
+
+
+def _groups(model: nn.Module, view: _View, batch: Batch) -> list[ScaleGroup]:
+    """Scale groups, looked for on a few tokens where the batch is nothing but tokens: which there are does not depend
+    on how many, and following channels through long graphs takes time. Folds are checked on the graph itself."""
+    shapes = {value.shape for value in batch.values()}
+    is_tokens = all(value.ndim == 2 and not value.is_floating_point() for value in batch.values()) and len(shapes) == 1
+    if not view.can_be_cut or not is_tokens or next(iter(shapes))[1] <= _FEW_TOKENS:
+        return find_groups(view.programs)
+    short = {name: value[:1, :_FEW_TOKENS].contiguous() for name, value in batch.items()}
+    try:
+        return find_groups([program(graph, model, short) for graph in capture(model, short)])
+    except Exception as error:  # a model may insist on a length
+        log.info("scale groups are looked for on the whole batch (%s)", type(error).__name__)
+        return find_groups(view.programs)
 
 
 def _captured(model: nn.Module, batch: Batch, report: Report) -> list[CapturedGraph]:
