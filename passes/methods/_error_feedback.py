@@ -35,6 +35,7 @@ def factor(hessian: Tensor, damp: Tensor) -> Tensor:
     is rounded to nearest, like everything where H is all zero.
     """
     turned = hessian.flip(-1, -2)  # its lower factor, turned back, is the upper one; a copy
+    del hessian  # the largest tensors of a calibrated run: no more than two of them at a time
     diagonal = turned.diagonal(dim1=-2, dim2=-1)
     is_dead = diagonal <= 0
     mean = diagonal.clamp_min(0).sum(-1) / (~is_dead).sum(-1).clamp_min(1)
@@ -44,6 +45,7 @@ def factor(hessian: Tensor, damp: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(turned)
     for index in failed.nonzero().flatten().tolist():
         lower[index] = _factor_anyway(turned[index], float(damp[index]), float(mean[index]))
+    del turned, diagonal
     upper: Tensor = lower.flip(-1, -2)
     return upper
 

@@ -89,8 +89,7 @@ class Gptq:
     def _choose(self, weight: Tensor, hessian: Tensor, damp: Tensor, spec: WeightSpec) -> storage.Codes:
         """Codes of weights [stack, out, in] with one Hessian and damping each."""
         order = self._order(hessian)
-        hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-        triangle = factor(hessian, damp)
+        triangle = factor(_ordered(hessian, order), damp)
         if self.act_order is not True or spec.groups(weight.shape)[1] == 1:
             return self._round(weight, triangle, order, spec)
         permuted = weight.take_along_dim(order[:, None, :], 2)
@@ -123,6 +122,12 @@ class Gptq:
         rounded = feedback.run()
         stored = torch.empty_like(rounded).scatter_(1, place[:, :, None].expand_as(rounded), rounded)
         return plan.codes(stored.mT.contiguous())
+
+
+def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of Hessians [stack, in, in] in the order [stack, in]."""
+    pairs = zip(hessian, order, strict=True)
+    return torch.stack([one.index_select(0, place).index_select(1, place) for one, place in pairs])
 
 
 def _joined(parts: list[storage.Codes], lead: list[int]) -> storage.Codes:

@@ -100,6 +100,12 @@ class Recorder:
             self._made[key] = self._merged(key).result()
         return self._made[key] if key else {}
 
+    def close(self) -> None:
+        """Let go of weights, accumulators and results. A graph with observers is a cycle and may live for a while."""
+        self.parameters.clear()
+        self.slots.clear()
+        self._made.clear()
+
     def forget(self, parameter: Tensor) -> None:
         """Drop what `statistics` made for a weight (and those that share it); it can be made again."""
         self._made.pop(self.key(parameter), None)

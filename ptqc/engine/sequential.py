@@ -235,7 +235,9 @@ class _Work:
             module(*piece.arguments(store.values(place), floats, batch))
             self.progress.at(piece, 0.3 * (place + 1) / len(self.batches), "observing")
         recorder.all_reduce()
-        return self._gathered(recorder, {name: floats[name] for name in wanted})
+        found = self._gathered(recorder, {name: floats[name] for name in wanted})
+        recorder.close()
+        return found
 
     def _gathered(self, recorder: Recorder, floats: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         found: dict[str, Mapping[str, Tensor]] = {}
