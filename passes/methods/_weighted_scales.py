@@ -168,10 +168,9 @@ def _ranges(groups: Tensor, spec: WeightSpec) -> Iterator[tuple[Tensor, Tensor |
     low, high = groups.amin(1).clamp_max_(0), groups.amax(1).clamp_min_(0)
     if spec.is_symmetric:
         largest = torch.maximum(-low, high)
-        for units in _reaches(spec):
-            if spec.book is None or spec.codebook == "iq4nl":
-                largest = torch.where(-low >= high, largest.abs(), -largest.abs())
-            yield largest / units, None
+        if _reaches_lower(spec):  # a negative scale puts the positive end there
+            largest = torch.where(-low >= high, largest, -largest)
+        yield from ((largest / units, None) for units in _reaches(spec))
         return
     top = 2**spec.bits - 1
     for below in _ENDS:
@@ -179,6 +178,11 @@ def _ranges(groups: Tensor, spec: WeightSpec) -> Iterator[tuple[Tensor, Tensor |
             scale = (high / 2 - low / 2) / ((top + below + above) / 2)
             zero = (-low * inverse_of(scale)).sub_(below)
             yield scale, zero.round_().clamp_(0, top) if spec.zero == "int" else zero
+
+
+def _reaches_lower(spec: WeightSpec) -> bool:
+    """Whether the lowest level is farther from zero than the highest."""
+    return spec.book is None or (spec.book.float_dtype is None and -min(spec.book.levels) > max(spec.book.levels))
 
 
 def _reaches(spec: WeightSpec) -> Iterator[float]:

@@ -64,7 +64,7 @@ def test_specs():
     assert Gptq(symmetric=False, zero="float").spec(2, -1) == WeightSpec.parse("int2f")
     assert Gptq(symmetric=False).spec(1.58, 32) == WeightSpec.parse("ternaryg32")
     assert METHODS.get("gptq").needs == {"hessian"}
-    assert "single weights" in Gptq().refuses(WeightSpec(bits=8, vector=8))
+    assert "single weights" in Gptq().refuses(WeightSpec.parse("e8p"))
 
 
 @pytest.mark.parametrize("options", [{"act_order": "dynamic"}, {"damp": -0.1}, {"damp": float("inf")}])

@@ -86,5 +86,5 @@ def test_codes_under_double_quantization_are_those_of_the_exact_scales(seeded):
 
 def test_refusals():
     assert METHODS.get("rtn")().refuses(WeightSpec.parse("q4_K")) is None
-    lattice = WeightSpec(bits=8, vector=8)
+    lattice = WeightSpec.parse("e8p")
     assert "single weights" in RoundToNearest().refuses(lattice)
