@@ -19,7 +19,7 @@ from torch import fx
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import Kernel, KernelRequest
 
-__all__ = ["Context", "Pass", "Pipeline"]
+__all__ = ["Context", "Pass", "Pipeline", "dump"]
 
 log = logging.getLogger("ptqc")
 _dump_number = count()
@@ -63,12 +63,13 @@ class Pipeline:
             counts[step.name] = step.run(module, context)
             module.graph.lint()
             module.recompile()
-            _dump(module, step.name)
+            dump(module, step.name)
         log.info("passes: %s", ", ".join(f"{name} {changed}" for name, changed in counts.items()))
         return counts
 
 
-def _dump(module: fx.GraphModule, name: str) -> None:
+def dump(module: fx.GraphModule, name: str) -> None:
+    """Write a graph as text into the folder that PTQC_DUMP names, if it names one."""
     folder = os.environ.get("PTQC_DUMP")
     if folder:
         path = Path(folder) / f"{next(_dump_number):03d}-{name}.txt"

@@ -1,7 +1,9 @@
-"""What every quantization method promises, as one check that the tests of a method call.
+"""For tests of methods, transforms and passes: what each of them promises, as one call.
 
-    from ptqc.testing import check_method
-    check_method(MyMethod(), WeightSpec.parse("int4g32"))
+check_method(MyMethod(), WeightSpec.parse("int4g32"))
+check_transform(MyTransform())
+assert_same_function(model, changed, batch, tolerance=1e-9)
+self.assertExpectedInline(graph_text(module), "...")        # with expecttest
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,12 +13,16 @@ import torch
 from torch import Tensor
 
 from ptqc import grid, storage
+from ptqc.checks import assert_same_function, check_transform, sample_statistics
 from ptqc.errors import WeightError
+from ptqc.graph_text import graph_text
 from ptqc.methods import Method, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import SCALE_DTYPES, WeightSpec
 
-__all__ = ["check_method", "worst_error"]
+__all__ = [
+    "assert_same_function", "check_method", "check_transform", "graph_text", "sample_statistics", "worst_error",
+]  # fmt: skip
 
 Statistics = Callable[[int], Mapping[str, Tensor]]
 
@@ -35,12 +41,14 @@ def check_method(
     shapes and stacks; zero rows and columns, constant rows, one huge outlier, tiny and huge weights; rows that do not
     depend on each other; transposed weights; NaN and infinity refused by name.
 
-    statistics: of the input, by in_features, for methods that need them. slack: how many times the worst error of
-    rounding to nearest a group's root mean square error may reach. is_exact_on_grid: a weight that the spec can hold
-    exactly comes back exactly.
+    statistics: of the input, by in_features, for methods that need them; those of `sample_statistics` by default.
+    slack: how many times the worst error of rounding to nearest a group's root mean square error may reach.
+    is_exact_on_grid: a weight that the spec can hold exactly comes back exactly.
 
     Raises: AssertionError saying which promise was broken.
     """
+    if statistics is None and method.needs:
+        statistics = sample_statistics
     case = _Case(method, spec or method.spec(), statistics, slack)
     for check in _CHECKS:
         check(case)

@@ -75,7 +75,7 @@ def quantize(
 ) -> None:
     """Quantize a model on disk.
 
-    Where the method needs no calibration data, the model is never in memory as a whole.
+    The model is never in memory as a whole where it can be cut; a calibrated run that was killed goes on where it was.
     """
     from ptqc.recipe import requested_rules
 
@@ -94,6 +94,9 @@ def quantize(
     place = _Place(model, out, overwrite, device, trust_remote_code)
     if calibration is None and rules is not None:
         document = _stream(place, rules, include, exclude)
+    elif rules is not None and device in ("auto", "cpu"):
+        drawn = _Data(str(calibration), samples if needy else 1, window, seed)
+        document = _calibrated(place, rules, include, exclude, drawn)
     else:
         data = {"calibration": calibration, "samples": samples, "window": window, "seed": seed}
         chosen = {"include": include, "exclude": exclude} | data
@@ -133,6 +136,34 @@ def _stream(
         report = quantize_folder(
             place.model, place.out, recipe=rules, include=include, exclude=exclude, overwrite=place.overwrite,
             on_progress=advance, trust_remote_code=place.trust_remote_code,
+        )  # fmt: skip
+    return _document(place.out, report.weights, report.skipped, report.source_bytes)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Which calibration data to draw."""
+
+    source: str
+    samples: int
+    window: int
+    seed: int
+
+
+def _calibrated(
+    place: _Place, rules: Recipe, include: Sequence[str] | None, exclude: Sequence[str] | None, data: _Data
+) -> dict[str, Any]:
+    from ptqc.calibrate import batches
+    from ptqc.folders.calibrated import quantize_folder_calibrated
+    from ptqc.folders.staging import refuse_target
+
+    refuse_target(place.out.resolve(), place.overwrite)
+    tokenizer = load_tokenizer(place.model, place.trust_remote_code)
+    drawn = batches(data.source, tokenizer, window=data.window, limit=data.samples, seed=data.seed)
+    with progress("quantizing", "bytes") as advance:
+        report = quantize_folder_calibrated(
+            place.model, place.out, recipe=rules, batches=drawn, include=include, exclude=exclude,
+            overwrite=place.overwrite, on_progress=advance, trust_remote_code=place.trust_remote_code,
         )  # fmt: skip
     return _document(place.out, report.weights, report.skipped, report.source_bytes)
 
