@@ -14,7 +14,7 @@ from benchmarks.architectures import watch_products
 from benchmarks.sweep import sweep, write
 
 METHODS = "gptq,awq,smoothquant,quip_sharp"
-BATCHES = 4
+BATCHES = 2
 ENOUGH = 0.97
 
 
