@@ -121,11 +121,11 @@ def _meet(
     for (side, columns), (partner, theirs) in ((one, other), (other, one)):
         if columns is None:
             continue
-        flat = trace.constant_along(columns, [-2], found.node, _reason(trace, side, partner))
+        flat = trace.constant_along(columns, [-2], found.node, "the rows that a weight reads are not scaled alike")
         flat = trace.channels.cleaned(flat).squeeze(-2)
         if theirs is None:
             if partner.labels is not None or not _ask(trace, found, side, partner, flat):
-                trace.kill(flat, found.node, _reason(trace, side, partner))
+                trace.kill(flat, found.node, _reason(trace, partner))
             continue
         against = trace.constant_along(theirs, [-2], found.node, "the columns of a weight differ from row to row")
         _cancel(trace, found, (side, flat), (partner, against.squeeze(-2)))
@@ -136,8 +136,10 @@ def _cancel(trace: Trace, found: Contraction, one: tuple[_Side, Tensor], other: 
     assert side.scaled is not None and partner.scaled is not None
     mine, theirs = torch.broadcast_tensors(trace.channels.cleaned(mine), trace.channels.cleaned(theirs))
     if side.scaled.degree + partner.scaled.degree != 0:
-        trace.kill(mine, found.node, "a weight would need two powers of the scale")
-        trace.kill(theirs, found.node, "a weight would need two powers of the scale")
+        is_weight = side.node in trace.facts.operands or partner.node in trace.facts.operands
+        reason = "a weight would need two powers of the scale" if is_weight else SCORES
+        trace.kill(mine, found.node, reason)
+        trace.kill(theirs, found.node, reason)
         return
     differs = disagreeing(mine, theirs)
     if not bool(differs.any()):
@@ -161,7 +163,7 @@ def _ask(trace: Trace, found: Contraction, side: _Side, partner: _Side, columns:
     return trace.ask(operand, torch.where(labels == ZERO, -1, labels), -side.scaled.degree, found.node)
 
 
-def _reason(trace: Trace, side: _Side, partner: _Side) -> str:
+def _reason(trace: Trace, partner: _Side) -> str:
     if partner.node in trace.facts.operands:
         return "the weight that reads it cannot take a scale along one of its axes"
     return SCORES

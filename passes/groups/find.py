@@ -201,6 +201,8 @@ class _Reasons:
 
     def of(self, value: fx.Node) -> str:
         """The reason for one value, breadth first towards the inputs."""
+        if value.op == "placeholder":
+            return "comes from outside the graph"
         waiting, seen = [value], {value}
         while waiting and len(seen) < 64:
             node = waiting.pop(0)

@@ -18,6 +18,7 @@ __all__ = [
     "MOVES",
     "TAKES",
     "is_float",
+    "is_symbolic",
     "looked_up",
     "moved",
     "operator_name",
@@ -58,8 +59,26 @@ def shape_of(node: fx.Node) -> torch.Size:
     """Shape of the value of a node, of the first one where there are several."""
     value = value_of(node)
     first = value[0] if isinstance(value, (tuple, list)) else value
-    shape: torch.Size = first.shape
-    return shape
+    return torch.Size([_hint(size) for size in first.shape])
+
+
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether a size of the value of a node, or a number that it takes, is not even known for the batch at hand."""
+    value = value_of(node)
+    parts = list(value) if isinstance(value, (tuple, list)) else [value]
+    sizes = [size for part in parts if isinstance(part, Tensor) for size in part.shape]
+    numbers = [value_of(source) for source in node.all_input_nodes]
+    return any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in [*sizes, *numbers])
+
+
+def concrete(argument: Any) -> Any:
+    """Arguments of an operator with the numbers in the place of nodes that stand for sizes."""
+    return fx.map_arg(argument, lambda source: int(_hint(value_of(source))))
+
+
+def _hint(size: Any) -> int:
+    """A size, of the batch at hand where the graph leaves it open."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def is_float(node: fx.Node) -> bool:
@@ -78,12 +97,14 @@ def moved(node: fx.Node, labels: Tensor, padding: int) -> Any:
         return labels
     if name in _RESHAPES:
         return labels.reshape(shape_of(node))
+    if name == "expand":
+        return labels.expand(shape_of(node))
     if name == "constant_pad_nd":
-        return torch.ops.aten.constant_pad_nd(labels, node.args[1], padding)
+        return torch.ops.aten.constant_pad_nd(labels, concrete(node.args[1]), padding)
     if name == "im2col":
         return torch.ops.aten.im2col(labels.double() - padding, *node.args[1:]).to(labels.dtype) + padding
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
-    return target(labels, *node.args[1:], **node.kwargs)
+    return target(labels, *concrete(node.args[1:]), **node.kwargs)
 
 
 def taken_axes(node: fx.Node) -> list[int]:

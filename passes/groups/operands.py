@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, fx
 
 from ptqc.passes.groups.labels import along, compact, largest, shrunk
-from ptqc.passes.groups.moves import KEEPS, MOVES, TAKES, looked_up, moved, operator_name, shape_of, taken, taken_axes
+from ptqc.passes.groups.moves import (
+    KEEPS,
+    MOVES,
+    TAKES,
+    is_symbolic,
+    looked_up,
+    moved,
+    operator_name,
+    shape_of,
+    taken,
+    taken_axes,
+)
 from ptqc.program import Program, value_of
 
 __all__ = ["Facts", "Operand", "facts", "parameter_key"]
@@ -133,6 +144,8 @@ def _constants(program: Program) -> dict[fx.Node, Tensor]:
 def _derived(node: fx.Node, operands: Mapping[fx.Node, Operand], constants: Mapping[fx.Node, Tensor]) -> Operand | None:
     name = operator_name(node)
     value = value_of(node)
+    if is_symbolic(node):
+        return None
     if not isinstance(value, Tensor) or not value.is_floating_point() or not node.args:
         return _chunk(node, operands)
     base = next((operands[arg] for arg in node.args if isinstance(arg, fx.Node) and arg in operands), None)

@@ -17,7 +17,9 @@ from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, along, compact, di
 from ptqc.passes.groups.moves import (
     MOVES,
     TAKES,
+    concrete,
     is_float,
+    is_symbolic,
     looked_up,
     moved,
     operator_name,
@@ -49,6 +51,12 @@ _NORMALISES = {
 _REDUCTIONS: dict[str, int] = {
     "sum": 1, "mean": 1, "amax": 1, "amin": 1, "nansum": 1, "linalg_vector_norm": 1, "var": 2, "std": 1,
 }  # fmt: skip
+_POOLS = {
+    "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3,
+    "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "upsample_nearest1d": 1, "upsample_nearest2d": 2,
+    "upsample_linear1d": 1, "upsample_bilinear2d": 2,
+}  # fmt: skip
+"""Operators that mix places along so many last axes: means, maxima and interpolations."""
 _ATTENTIONS = frozenset(
     {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -60,6 +68,9 @@ _ATTENTIONS = frozenset(
 def apply(trace: Trace, node: fx.Node) -> Result:
     """Labels of a node from those of its inputs."""
     name = operator_name(node)
+    if name not in _SHAPE_ONLY and any(is_symbolic(one) for one in (node, *node.all_input_nodes)):
+        trace.kill_inputs(node, "meets a size that depends on the data")
+        return None
     rule = RULES.get(name)
     if rule is not None:
         return rule(trace, node)
@@ -209,7 +220,7 @@ def _joined(trace: Trace, node: fx.Node) -> Result:
         rank = len(shape_of(part))
         labels.append(trace.labels_of(part, found, rank).expand(shape_of(part)))
     labels = [part for part in labels if part.shape != (0,)]
-    result: Tensor = node.target(labels, *node.args[1:])  # type: ignore[operator]
+    result: Tensor = node.target(labels, *concrete(node.args[1:]))  # type: ignore[operator]
     return Scaled(trace.channels.cleaned(result), degrees[0])
 
 
@@ -226,7 +237,7 @@ def _scattered_slice(trace: Trace, node: fx.Node) -> Result:
     right = trace.labels_of(source, b, 0)
     if isinstance(source, fx.Node):
         right = right.expand(shape_of(source))
-    result: Tensor = node.target(left, right, *node.args[2:], **node.kwargs)  # type: ignore[operator]
+    result: Tensor = node.target(left, right, *concrete(node.args[2:]), **node.kwargs)  # type: ignore[operator]
     return Scaled(result, (a or b).degree)  # type: ignore[union-attr]
 
 
@@ -317,6 +328,29 @@ def _reduction(trace: Trace, node: fx.Node) -> Result:
     if labels.ndim != len(shape):
         labels = labels.squeeze(axes)
     return Scaled(labels.expand(shape), scaled.degree * _REDUCTIONS[name])
+
+
+def _pooled(trace: Trace, node: fx.Node) -> Result:
+    """A pooling or interpolation: places are mixed, channels are not."""
+    scaled = trace.of(node.args[0])
+    if scaled is None:
+        return None
+    name = operator_name(node)
+    axes = [-1 - at for at in range(_POOLS[name])]
+    labels = trace.constant_along(scaled.labels, axes, node, f"varies between the places of {name}")
+    result = Scaled(labels.expand(shape_of(node)), scaled.degree)
+    return [result, None] if isinstance(value_of(node), (tuple, list)) else result
+
+
+def _gated(trace: Trace, node: fx.Node) -> Result:
+    """glu: the first half of an axis times the sigmoid of the second."""
+    scaled = trace.of(node.args[0])
+    if scaled is None:
+        return None
+    axis: Any = node.args[1] if len(node.args) > 1 else -1
+    kept, gate = scaled.labels.chunk(2, axis)
+    trace.kill(gate, node, "passes through sigmoid, which is not positively homogeneous")
+    return Scaled(trace.channels.cleaned(kept), scaled.degree)
 
 
 def _running(trace: Trace, node: fx.Node) -> Result:
@@ -491,6 +525,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_NORMALISES, _norm),
     **dict.fromkeys(_REDUCTIONS, _reduction),
     **dict.fromkeys(_ATTENTIONS, _attention),
+    **dict.fromkeys(_POOLS, _pooled),
     **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne"), _comparison),
     **dict.fromkeys(("add", "sub", "rsub"), _sum),
     **dict.fromkeys(("maximum", "minimum"), _maximum),
@@ -500,6 +535,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("topk", "sort"), _ranked),
     **dict.fromkeys(("_softmax", "softmax", "_log_softmax", "_safe_softmax", "logsumexp"), _fails),
     "getitem": _item,
+    "glu": _gated,
     "_to_copy": _cast,
     "mul": _product,
     "div": _quotient,
