@@ -56,7 +56,9 @@ def run(side, python, case):
     command = [python, "-m", "benchmarks._side_ptqc"] if side == "ptqc" else [python, str(HERE / f"_side_{side}.py")]
     path = Path(case.result).with_suffix(".case")
     path.write_text(json.dumps(asdict(case)))
-    done = subprocess.run([*command, str(path)], cwd=HERE.parent, capture_output=True, text=True)
+    # Peers leave logs where they run.
+    where = HERE.parent if side == "ptqc" else path.parent
+    done = subprocess.run([*command, str(path)], cwd=where, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         return {"failed": f"not run: {last[:200]}"}
