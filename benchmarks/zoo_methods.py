@@ -19,53 +19,95 @@ ENOUGH = 0.97
 
 
 def check(key, methods):
-    """One row per method for one architecture."""
+    """One row per method for one architecture. The model is captured once: methods get the same graphs."""
     import torch
 
+    import ptqc.engine.run
     from benchmarks.zoo import zoo
+    from ptqc.capture import capture
 
     torch.set_num_threads(1)
-    rows = []
+    captured = {}
+
+    def once(model, batch, **options):
+        shapes = tuple((name, getattr(value, "shape", value)) for name, value in batch.items())
+        if (id(model), shapes) not in captured:
+            captured[id(model), shapes] = capture(model, batch, **options)
+        return captured[id(model), shapes]
+
+    ptqc.engine.run.capture = ptqc.sites.capture = once
+    rows, subject = [], None
     for method in methods:
         row, started = {"arch": key, "method": method}, time.time()
         try:
-            row |= quantized(*zoo.build(key), zoo.Arch.parse(key), method)
+            subject = subject or Subject(zoo.Arch.parse(key))
+            row |= subject.quantized(method)
         except Exception as failure:
             row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+        if subject is not None:
+            subject.restore()
         rows.append(row | {"seconds": round(time.time() - started, 1)})
     return rows
 
 
-def quantized(model, batch, arch, method):
-    """Quantize a model and compare it with itself before."""
-    import torch
+class Subject:
+    """A tiny model with its inputs, what it says and multiplies with, and a way back to what it was."""
 
-    import ptqc
-    from benchmarks.zoo import zoo
-    from ptqc.qtensor import QuantTensor
-    from ptqc.sites import find_sites
+    def __init__(self, arch):
+        import torch
 
-    batches = [batch, *(zoo.example_inputs(model, arch, seed) for seed in range(1, BATCHES))]
-    products = watch_products(model, batch)
-    with torch.no_grad():
-        exact = zoo.primary_output(model(**batch)).double()
-    listed = {entry.name for entry in find_sites(model, batch)[1]}
-    ptqc.quantize(model, method, calibration=batches, progress=False)
-    with torch.no_grad():
-        found = zoo.primary_output(model(**batch)).double()
-    stored = {name for name, weight in model.named_parameters() if isinstance(weight, QuantTensor)}
-    report = ptqc.report_of(model)
-    skipped = set(report.skipped) if report else set()
-    return {
-        "finite": bool(torch.isfinite(found).all()),
-        "rel_to_float": float((found - exact).norm() / exact.norm()),
-        "quantized": len(stored),
-        "listed": len(listed | skipped),
-        "silent": sorted(products - stored - listed - skipped),
-        "route": report.route if report else "",
-        "groups": dict(report.counts) if report else {},
-        "notes": report.notes if report else [],
-    }
+        from benchmarks.zoo import zoo
+        from ptqc.sites import find_sites
+
+        self.model, batch = zoo.build(arch)
+        self.batches = [batch, *(zoo.example_inputs(self.model, arch, seed) for seed in range(1, BATCHES))]
+        self.products = watch_products(self.model, batch)
+        with torch.no_grad():
+            self.exact = self.output()
+        self.listed = {entry.name for entry in find_sites(self.model, batch)[1]}
+        self.held = [
+            (module, name, weight, weight.detach().clone())
+            for module in self.model.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+
+    def output(self):
+        """What the model says to its first batch."""
+        import torch
+
+        from benchmarks.zoo import zoo
+
+        with torch.no_grad():
+            return zoo.primary_output(self.model(**self.batches[0])).double()
+
+    def restore(self):
+        """Put every parameter back with its values."""
+        for module, name, weight, value in self.held:
+            weight.data.copy_(value)
+            module._parameters[name] = weight
+
+    def quantized(self, method):
+        """Quantize the model and compare it with itself before."""
+        import torch
+
+        import ptqc
+        from ptqc.qtensor import QuantTensor
+
+        ptqc.quantize(self.model, method, calibration=self.batches, progress=False)
+        found, report = self.output(), ptqc.report_of(self.model)
+        stored = {name for name, weight in self.model.named_parameters() if isinstance(weight, QuantTensor)}
+        skipped = set(report.skipped) if report else set()
+        return {
+            "finite": bool(torch.isfinite(found).all()),
+            "rel_to_float": float((found - self.exact).norm() / self.exact.norm()),
+            "quantized": len(stored),
+            "listed": len(self.listed | skipped),
+            "silent": sorted(self.products - stored - self.listed - skipped),
+            "route": report.route if report else "",
+            "groups": dict(report.counts) if report else {},
+            "notes": report.notes if report else [],
+        }
 
 
 def summarise(rows, methods):
