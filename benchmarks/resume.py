@@ -1,0 +1,77 @@
+"""A calibrated run that is killed with SIGKILL again and again writes the bytes of one that was left alone.
+
+Writes a random Llama-shaped model of two layers, quantizes it once undisturbed and once killed at random moments, each
+time started again with the same arguments, and compares every file. Says how many pieces each start found finished.
+
+    python -m benchmarks.resume [--method gptq] [--kills 3] [--layers 2] [--seed 0]
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.stream_memory import CALIBRATED_VOCABULARY, calibrated_command, write_model
+
+
+def run(command: list[str], kill_after: float | None = None) -> bool:
+    """Run to the end, or kill after so many seconds. Returns whether it came to its end."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return False
+    if process.returncode:
+        raise SystemExit(errors)
+    return True
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    folder = Path(tempfile.mkdtemp(prefix="ptqc-resume-"))
+    try:
+        source, alone, killed = folder / "source", folder / "alone", folder / "killed" / "out"
+        write_model(source, 1e9, CALIBRATED_VOCABULARY, arguments.layers)
+        began = time.perf_counter()
+        run(calibrated_command(source, alone, arguments.method))
+        seconds = time.perf_counter() - began
+        print(f"undisturbed: {seconds:.1f} s")
+        killed.parent.mkdir()
+        left = arguments.kills
+        for start in range(1, arguments.kills + 2):
+            # What is left gets shorter with every piece: a kill somewhere in the first two thirds of a share of it.
+            moment = chance.uniform(0.15, 0.65) * seconds if left else None
+            left -= 1
+            is_done = run(calibrated_command(source, killed, arguments.method), moment)
+            pieces = len(list(killed.parent.glob(".out.ptqc-work/piece-*.safetensors")))
+            state = "came to its end" if is_done else f"killed after {moment:.1f} s, {pieces} pieces finished"
+            print(f"start {start}: {state}, left beside: {', '.join(sorted(f.name for f in killed.parent.iterdir()))}")
+            if is_done:
+                break
+        is_same = contents(alone) == contents(killed)
+        left_over = sorted(file.name for file in killed.parent.iterdir())
+        print(f"{len(contents(alone))} files, {'identical' if is_same else 'DIFFERENT'}; left over: {left_over}")
+        if not is_same or left_over != ["out"]:
+            raise SystemExit("a killed run does not write what an undisturbed one does")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
