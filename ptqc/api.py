@@ -21,7 +21,7 @@ from ptqc.engine.jobs import Report
 from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, Rule, requested_rules
+from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.spec import ActSpec, WeightSpec
 
@@ -95,6 +95,7 @@ def quantize(
         else:
             quantized, report = quantize_calibrated(model, work, drawn, is_sequential=sequential, on_progress=advance)
             _reports[model] = report
+    remember(model, recipe_rows(rules))
     if hasattr(model, "save_pretrained"):
         from ptqc.folders.hf import attach  # here: plain modules need no transformers
 

@@ -9,7 +9,7 @@ A method may bring transforms of its own (`brings`); they go first unless they a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from ptqc.errors import PtqcError, UnknownNameError
@@ -110,7 +110,8 @@ def _set(draft: _Draft, options: Mapping[str, Any]) -> _Draft:
     unknown = sorted(set(options) - draft.known)
     if unknown:
         raise PtqcError(f"{_kind(draft)} has no option {', '.join(map(str, unknown))}; known: {_known(draft)}")
-    return _Draft(draft.name, draft.kind, {**draft.options, **options}, draft.made)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}  # from files
+    return _Draft(draft.name, draft.kind, {**draft.options, **given}, draft.made)
 
 
 def _kind(draft: _Draft) -> str:
@@ -182,9 +183,21 @@ def name_of(component: Method | Transform) -> str:
 
 
 def describe(component: Method | Transform) -> dict[str, Any]:
-    """A component as a mapping that `chain` reads: its name, and the options that are not the default."""
-    kind: Any = type(component)
-    usual = kind()
-    values = {entry.name: getattr(component, entry.name) for entry in fields(kind)}
-    changed = {key: value for key, value in values.items() if value != getattr(usual, key)}
-    return {"name": name_of(component), **changed}
+    """A component as a mapping of plain values that `chain` reads: its name, and options other than the default."""
+    described: dict[str, Any] = {"name": name_of(component)}
+    options: tuple[Field[Any], ...] = fields(component) if is_dataclass(component) else ()
+    for entry in options:
+        value = getattr(component, entry.name)
+        usual: Any = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if value != usual:
+            described[entry.name] = _plain(value)
+    return described
+
+
+def _plain(value: Any) -> Any:
+    """What files can hold: lists for tuples, and text for what is none of numbers, texts, lists and mappings."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

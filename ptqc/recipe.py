@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from ptqc.components import Component, chain, describe, entries, name_of
 from ptqc.errors import PtqcError
@@ -16,8 +17,8 @@ from ptqc.spec import ActSpec, WeightSpec
 from ptqc.transforms import Transform
 
 __all__ = [
-    "Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "recipe_rows", "recipe_to_yaml",
-    "requested_rules", "rule_for",
+    "Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "recipe_of", "recipe_rows",
+    "recipe_to_yaml", "remember", "requested_rules", "rule_for",
 ]  # fmt: skip
 
 
@@ -203,6 +204,16 @@ def _leads_to(rule: Rule, request: Mapping[str, Any]) -> bool:
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The text of a recipe file that `load_recipe` reads back."""
     return str(yaml.safe_dump(recipe_rows(recipe), sort_keys=False, default_flow_style=None, width=120))
+
+
+def remember(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Note on a model how it was quantized; copies of it know as well, and it is saved with the model."""
+    model._ptqc_recipe = tuple(rows)  # type: ignore[assignment]  # a plain attribute, no parameter
+
+
+def recipe_of(model: nn.Module) -> tuple[Mapping[str, Any], ...]:
+    """The recipe by which a model was quantized, as rows that `load_recipe` reads; () if that is not known."""
+    return getattr(model, "_ptqc_recipe", ())
 
 
 def rule_for(name: str, recipe: Recipe) -> Rule | None:

@@ -121,3 +121,16 @@ def test_a_transform_may_ask_for_quantized_inputs(monkeypatch):
 
     monkeypatch.setitem(TRANSFORMS._entries, "smooth", Smooth)
     assert str(chain("smooth").activation) == "int8-token"
+
+
+def test_anything_that_quantizes_can_be_described():
+    @dataclass(frozen=True)
+    class Odd(RoundToNearest):
+        levels: tuple[float, ...] = ()
+        how: object = None
+
+    class Bare(RoundToNearest):
+        pass
+
+    assert describe(Odd(levels=(1.0, 2.0), how=int)) == {"name": "Odd", "levels": [1.0, 2.0], "how": "<class 'int'>"}
+    assert describe(Bare()) == {"name": "Bare"}

@@ -1,13 +1,25 @@
 """Recipes: rules in order, from Python and from files, and back."""
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+from torch import nn
 
 from ptqc.errors import PtqcError, SpecError, UnknownNameError
 from ptqc.passes.methods.rtn import RoundToNearest
-from ptqc.recipe import Rule, load_recipe, make_method, make_rule, recipe_rows, recipe_to_yaml, rule_for
+from ptqc.recipe import (
+    Rule,
+    load_recipe,
+    make_method,
+    make_rule,
+    recipe_of,
+    recipe_rows,
+    recipe_to_yaml,
+    remember,
+    rule_for,
+)
 from ptqc.spec import ActSpec
 from ptqc.transforms import TRANSFORMS, Transform
 
@@ -147,3 +159,16 @@ def test_a_recipe_survives_its_file(tmp_path):
         "pattern": "b", "transforms": ["turning"], "method": "hqq", "bits": 3, "group_size": 64,
         "activation": "int8-token",
     }  # fmt: skip
+
+
+def test_a_model_knows_its_recipe():
+    model = nn.Linear(8, 8)
+    assert recipe_of(model) == ()
+    remember(model, recipe_rows([make_rule("*", "rtn")]))
+    assert load_recipe(recipe_of(copy.deepcopy(model))) == [make_rule("*", "rtn")]
+
+
+def test_lists_of_files_become_values(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("- {pattern: a, method: {name: quip_sharp, multiples: [0.9, 1.1]}}\n")
+    assert hash(load_recipe(file)[0]) == hash(load_recipe(recipe_rows(load_recipe(file)))[0])

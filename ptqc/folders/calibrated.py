@@ -55,7 +55,7 @@ from ptqc.folders.sources import Sources, direct_sources
 from ptqc.folders.staging import refuse_target, staged, unwritable
 from ptqc.passes.groups.find import find_groups
 from ptqc.program import Program, program
-from ptqc.recipe import Recipe, Rule
+from ptqc.recipe import Recipe, Rule, recipe_rows, remember
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.transforms import Transform
 
@@ -298,7 +298,8 @@ def _write(
     with staged(target, overwrite=request.overwrite) as staging:
         written = write_folder(staging, blocks, request.max_shard_bytes, target, on_block)
         copy_companions(view.stored.path, staging, with_code=request.trust_remote_code)
-        write_config(staging, view.stored, Manifest(weights, view.sources.tied), model_dtype(view.stored))
+        manifest = Manifest(weights, view.sources.tied, recipe_rows(request.recipe))
+        write_config(staging, view.stored, manifest, model_dtype(view.stored))
     return weights, written
 
 
@@ -329,6 +330,7 @@ def _quantize_whole(
         raise PtqcError(nothing_to_do([*skipped, *left]))
     total = sum(entry.nbytes for entry in stored.entries.values())
     quantize_calibrated(model, work, batches, on_progress=_scaled(request.on_progress, total))
+    remember(model, recipe_rows(request.recipe))
     save(model, target, max_shard_bytes=request.max_shard_bytes, overwrite=request.overwrite)
     request.on_progress(total, total, "written")
     weights = manifest_of(model.state_dict()).weights

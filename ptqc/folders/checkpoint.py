@@ -24,6 +24,7 @@ from ptqc.folders.shards import Append, Block, assign_shards, write_shards, writ
 from ptqc.folders.skeleton import fill_skeleton
 from ptqc.folders.staging import require_space, staged
 from ptqc.qtensor import QuantTensor
+from ptqc.recipe import recipe_of, remember
 
 __all__ = ["load", "manifest_in", "save", "write_folder"]
 
@@ -49,7 +50,7 @@ def save(
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _refuse_foreign(model)
     kept, tied = untied(model.state_dict(keep_vars=True))
-    manifest = manifest_of(kept, tied)
+    manifest = manifest_of(kept, tied, recipe_of(model))
     blocks = [_block(name, tensor) for name, tensor in kept.items()]
     with staged(folder, overwrite=overwrite) as staging:
         write_folder(staging, blocks, max_shard_bytes, Path(folder))
@@ -154,6 +155,7 @@ def load(
     manifest = manifest_in(stored)
     if model is None:
         return _built(stored, dtype, trust_remote_code).to(device)
+    remember(model, manifest.recipe)
     return fill_skeleton(model, stored, manifest, dtype).to(device)
 
 

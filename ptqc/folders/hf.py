@@ -25,7 +25,7 @@ from ptqc.folders.flatten import parts_of, untied
 from ptqc.folders.manifest import METHOD, Manifest, StoredWeight, manifest_of
 from ptqc.folders.safefile import read_safefile
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import make_rule
+from ptqc.recipe import make_rule, recipe_of, recipe_rows, remember
 from ptqc.sites import find_sites, select_sites
 from ptqc.surroundings import EXTRAS
 
@@ -92,6 +92,7 @@ class PtqcQuantizer(HfQuantizer):  # type: ignore[misc]
         manifest = Manifest.from_config(self.quantization_config.stored, f"config.json of {model.name_or_path}")
         parameters = dict(model.named_parameters(remove_duplicate=False))
         _check_files(manifest, checkpoint_files or [], parameters)
+        remember(model, manifest.recipe)
         self._weights = _renamed(manifest.weights, parameters, model.base_model_prefix)
         self._tied = {a: b for a, b in manifest.tied.items() if a in parameters and b in parameters}
         for name, weight in self._weights.items():
@@ -235,12 +236,13 @@ def _quantize(model: Any, config: PtqcConfig) -> None:
         raise PtqcError("nothing would be quantized; see include and exclude of PtqcConfig")
     for site, chosen in work:
         site.replace(quantize_site(site, chosen))
+    remember(model, recipe_rows([rule]))
     log.info("quantized %d weights of %s while loading", len(work), model.name_or_path)
 
 
 def _describe(model: Any, config: PtqcConfig) -> None:
     """Bring the config of the model up to date with the weights it holds."""
-    config.stored = manifest_of(*untied(model.state_dict())).to_config()
+    config.stored = manifest_of(*untied(model.state_dict()), recipe_of(model)).to_config()
     model.config.quantization_config = config
     model._weight_conversions = []  # saved names are the model's own, not those of the checkpoint it came from
 

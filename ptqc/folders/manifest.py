@@ -9,7 +9,7 @@ is given where something is done around the stored matrix (`ptqc.surroundings`),
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,10 +76,14 @@ class StoredWeight:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The quantized weights of a checkpoint by name, and names of tied parameters with the name that is stored."""
+    """The quantized weights of a checkpoint by name, and names of tied parameters with the name that is stored.
+
+    recipe: how they were quantized, as rows of `ptqc.recipe`; for the reader, nothing depends on it.
+    """
 
     weights: Mapping[str, StoredWeight] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    recipe: Sequence[Mapping[str, Any]] = ()
 
     def layout(self) -> Layout:
         """Shape and dtype of every part of every weight."""
@@ -91,6 +95,8 @@ class Manifest:
         config: dict[str, Any] = {"quant_method": METHOD, "version": VERSION, "dtype": usual}
         if self.tied:
             config["tied"] = dict(self.tied)
+        if self.recipe:
+            config["recipe"] = [dict(row) for row in self.recipe]
         config["weights"] = {name: _row(weight, usual) for name, weight in self.weights.items()}
         return config
 
@@ -111,8 +117,11 @@ class Manifest:
             raise CheckpointError(f"{where}: weights and tied of quantization_config must be tables; save it again")
         if not all(isinstance(name, str) for pair in tied.items() for name in pair):
             raise CheckpointError(f"{where}: tied of quantization_config must map names to names; save it again")
+        recipe = config.get("recipe", [])
+        if not isinstance(recipe, list) or not all(isinstance(row, Mapping) for row in recipe):
+            raise CheckpointError(f"{where}: recipe of quantization_config must be a list of tables; save it again")
         weights = {name: _stored_weight(name, row, usual, where) for name, row in rows.items()}
-        return Manifest(weights, dict(tied))
+        return Manifest(weights, dict(tied), tuple(recipe))
 
     def check(self, stored: Layout, where: str) -> None:
         """Hold what a checkpoint stores against what the manifest says.
@@ -130,8 +139,10 @@ class Manifest:
                     )
 
 
-def manifest_of(state: Mapping[str, Tensor], tied: Mapping[str, str] | None = None) -> Manifest:
-    """The manifest of the quantized weights among `state`.
+def manifest_of(
+    state: Mapping[str, Tensor], tied: Mapping[str, str] | None = None, recipe: Sequence[Mapping[str, Any]] = ()
+) -> Manifest:
+    """The manifest of the quantized weights among `state`. recipe: how they were quantized, if that is known.
 
     Raises: CheckpointError for a weight whose spec has no name.
     """
@@ -139,7 +150,7 @@ def manifest_of(state: Mapping[str, Tensor], tied: Mapping[str, str] | None = No
     for name, weight in weights.items():
         if WeightSpec.parse(str(weight.spec)) != weight.spec:
             raise CheckpointError(f'"{name}": {weight.spec!r} has no name that parses back; use a spec of the grammar')
-    return Manifest(weights, tied or {})
+    return Manifest(weights, tied or {}, tuple(recipe) if weights else ())
 
 
 def _usual_dtype(manifest: Manifest) -> str:

@@ -40,7 +40,7 @@ from ptqc.folders.shards import Append, Block
 from ptqc.folders.sources import Sources, direct_sources
 from ptqc.folders.staging import refuse_target, staged
 from ptqc.methods import Method, hold_scales, quantize_weight, rows_at_once
-from ptqc.recipe import Recipe, Rule, fitted_spec
+from ptqc.recipe import Recipe, Rule, fitted_spec, recipe_rows, remember
 from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 from ptqc.surroundings import Surroundings
@@ -136,7 +136,7 @@ def _quantize_streamed(
 
         written = write_folder(staging, ordered, request.max_shard_bytes, target, on_block)
         copy_companions(stored.path, staging, with_code=request.trust_remote_code)
-        write_config(staging, stored, Manifest(weights, sources.tied), dtype)
+        write_config(staging, stored, Manifest(weights, sources.tied, recipe_rows(request.recipe)), dtype)
     return StreamReport(weights, skipped, total, written, is_streamed=True)
 
 
@@ -209,6 +209,7 @@ def _quantize_whole(stored: ModelFolder, target: Path, request: Request) -> Stre
         done += site.weight.nbytes
         site.replace(quantize_site(site, rule))
         request.on_progress(done, total, site.name)
+    remember(model, recipe_rows(request.recipe))
     save(model, target, max_shard_bytes=request.max_shard_bytes, overwrite=request.overwrite)
     weights = manifest_of(model.state_dict()).weights
     written = sum(file.stat().st_size for file in target.glob("*.safetensors"))

@@ -249,3 +249,14 @@ def test_models_that_no_folder_can_hold_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="meta device"):
         save(model, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_recipe_is_saved_with_the_model(tmp_path):
+    model = quantize(tiny("plain"), "rtn", bits=3, group_size=32, progress=False)
+    save(model, tmp_path / "first")
+    save(load(tmp_path / "first"), tmp_path / "second")
+    for folder in ("first", "second"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["quantization_config"]["recipe"] == [
+            {"pattern": "*", "method": "rtn", "bits": 3, "group_size": 32, "activation": "float"}
+        ]

@@ -128,3 +128,12 @@ def test_hostile_extras_are_refused():
             stored.build(quantized.tensors | {"order": order})
     with pytest.raises(CheckpointError, match=r"x lacks w\.order"):
         Manifest({"w": stored}).check({k: v for k, v in stored.layout("w").items() if k != "w.order"}, "x")
+
+
+def test_the_recipe_is_kept_and_checked():
+    rows = ({"pattern": "*", "method": "rtn", "bits": 4},)
+    config = Manifest({}, {}, rows).to_config()
+    assert Manifest.from_config(config, "here").recipe == rows
+    assert "recipe" not in Manifest().to_config()
+    with pytest.raises(CheckpointError, match="recipe of quantization_config must be a list of tables"):
+        Manifest.from_config(config | {"recipe": ["rtn"]}, "here")
