@@ -45,8 +45,8 @@ class AWQ(Transform):
     rows: int = 512
     descent: bool = True
     clipping: bool = True
-    narrowest: float = 0.5
-    shares: int = 10
+    narrowest: float = 0.7
+    shares: int = 6
 
     default_method: ClassVar[str] = "rtn"
     default_options: ClassVar[Mapping[str, object]] = {"symmetric": False}
