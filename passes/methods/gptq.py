@@ -15,6 +15,7 @@ Where we differ from the paper, and why:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -24,6 +25,7 @@ from ptqc import storage
 from ptqc.errors import SpecError
 from ptqc.methods import METHODS, whole_row
 from ptqc.passes.methods._error_feedback import Feedback, factor
+from ptqc.passes.methods._once import once_for
 from ptqc.passes.methods._weighted_scales import ScalePlan, can_search, nearest_levels
 from ptqc.spec import WeightSpec, Zero
 
@@ -80,16 +82,21 @@ class Gptq:
             damp = damp * (columns / rows.clamp_min(1)).clamp_min(1)
         # Nested scales share blocks across the whole stack, so they are chosen together.
         step = len(stack) if spec.scale.bits is not None else max(1, _WEIGHTS_AT_ONCE // stack[0].numel())
-        parts = [
-            self._choose(*some, spec)
-            for some in zip(stack.split(step), hessian.split(step), damp.split(step), strict=True)
-        ]
+        source = statistics["hessian"]
+        parts = []
+        for number, some in enumerate(zip(stack.split(step), hessian.split(step), damp.split(step), strict=True)):
+            weights, own, added = some
+            key = (number, step, self.act_order, added.tolist())
+            parts.append(self._choose(weights, *once_for(source, key, partial(self._factored, own, added)), spec))
         return _joined(parts, lead)
 
-    def _choose(self, weight: Tensor, hessian: Tensor, damp: Tensor, spec: WeightSpec) -> storage.Codes:
-        """Codes of weights [stack, out, in] with one Hessian and damping each."""
+    def _factored(self, hessian: Tensor, damp: Tensor) -> tuple[Tensor, Tensor]:
+        """The order of rounding [stack, in], and the factor of each Hessian in that order [stack, in, in]."""
         order = self._order(hessian)
-        triangle = factor(_ordered(hessian, order), damp)
+        return order, factor(_ordered(hessian, order), damp)
+
+    def _choose(self, weight: Tensor, order: Tensor, triangle: Tensor, spec: WeightSpec) -> storage.Codes:
+        """Codes of weights [stack, out, in] with one order and factor each."""
         if self.act_order is not True or spec.groups(weight.shape)[1] == 1:
             return self._round(weight, triangle, order, spec)
         permuted = weight.take_along_dim(order[:, None, :], 2)

@@ -18,6 +18,7 @@ Where we differ from the paper, and why:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from ptqc.errors import SpecError
 from ptqc.lattice import Lattice
 from ptqc.methods import METHODS, whole_row
 from ptqc.passes.methods._error_feedback import factor, inverse_of
+from ptqc.passes.methods._once import once_for
 from ptqc.spec import WeightSpec
 
 __all__ = ["QuipSharp"]
@@ -88,15 +90,21 @@ class QuipSharp:
         stack = weight.reshape(-1, *weight.shape[-2:])
         hessian = statistics.get("hessian", torch.eye(columns, device=weight.device))
         hessians = hessian.expand(*lead, columns, columns).reshape(-1, columns, columns)
-        parts = [self._choose(*pair, spec) for pair in zip(stack, hessians, strict=True)]
+        parts = [
+            self._choose(one, once_for(hessian, (number, self.damp), partial(self._factored, own)), spec)
+            for number, (one, own) in enumerate(zip(stack, hessians, strict=True))
+        ]
         codes, scale = (torch.stack(tensors).unflatten(0, lead) if lead else tensors[0]
                         for tensors in zip(*((part.codes, part.scale) for part in parts), strict=True))  # fmt: skip
         return storage.Codes(codes, scale)
 
-    def _choose(self, weight: Tensor, hessian: Tensor, spec: WeightSpec) -> storage.Codes:
-        """Codes of one weight [out, in]."""
+    def _factored(self, hessian: Tensor) -> Tensor:
+        return factor(hessian[None], torch.tensor([self.damp]))[0]
+
+    def _choose(self, weight: Tensor, triangle: Tensor, spec: WeightSpec) -> storage.Codes:
+        """Codes of one weight [out, in]. triangle: [in, in], the factor of its Hessian."""
         assert spec.book is not None and spec.book.lattice is not None
-        feedback = _BlockFeedback(factor(hessian[None], torch.tensor([self.damp]))[0], spec.book.lattice)
+        feedback = _BlockFeedback(triangle, spec.book.lattice)
         normal = grid.tiles(weight, spec).square().mean(-1).sqrt() / spec.book.lattice.rms
         scales = [storage.round_scale(multiple * normal, spec) for multiple in self.multiples]
         sample = torch.linspace(0, len(weight) - 1, min(_SAMPLED_ROWS, len(weight))).long()
