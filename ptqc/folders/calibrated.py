@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import ptqc
 from ptqc.assign import assign
 from ptqc.calibrate import fingerprint
 from ptqc.capture import CapturedGraph, capture
@@ -200,7 +200,7 @@ def _base(stored: ModelFolder, batches: Sequence[Mapping[str, Tensor]], request:
             header = file.read(length)
         files[path.name] = [state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest()]
     parts = {
-        "versions": [ptqc.__version__, torch.__version__, transformers.__version__],
+        "versions": [version("ptqc"), torch.__version__, transformers.__version__],
         "files": files,
         "config": stored.config,
         "rules": [repr(rule) for rule in request.recipe],
