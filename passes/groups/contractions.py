@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ptqc.passes.groups.labels import ZERO, Scaled, compact, disagreeing, largest
+from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, compact, disagreeing, largest
 from ptqc.passes.groups.moves import operator_name, shape_of
 from ptqc.passes.groups.trace import SCORES, Trace
 
@@ -160,7 +160,8 @@ def _ask(trace: Trace, found: Contraction, side: _Side, partner: _Side, columns:
     rank = len(shape_of(partner.node))
     labels = columns.unsqueeze(-1 if k == -2 else -2) if rank > 1 else columns
     labels = labels.reshape((1,) * max(0, rank - labels.ndim) + tuple(labels.shape))
-    return trace.ask(operand, torch.where(labels == ZERO, -1, labels), -side.scaled.degree, found.node)
+    labels = torch.where(labels == ZERO, UNSCALED, labels)
+    return trace.ask(operand, labels, -side.scaled.degree, found.node, is_consumer=True)
 
 
 def _reason(trace: Trace, partner: _Side) -> str:

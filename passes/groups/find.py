@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ptqc.groups import ScaledParameter, ScaleGroup
 from ptqc.passes.groups.moves import operator_name, shape_of
-from ptqc.passes.groups.operands import Facts, facts, parameter_key
+from ptqc.passes.groups.operands import Facts, Key, facts, parameter_key
 from ptqc.passes.groups.producers import Producer, Use, producers, uses
 from ptqc.passes.groups.propagate import propagated
 from ptqc.passes.groups.trace import SCORES, Channels, Seed
@@ -42,11 +42,7 @@ class _Fold:
 
     @property
     def consumers(self) -> list[Seed]:
-        return [seed for seed in self.channels.seeds.values() if seed.degree * self.power < 0 and _covers(seed, self)]
-
-    @property
-    def power(self) -> int:
-        return 1
+        return [seed for seed in self.channels.seeds.values() if seed.is_consumer and _covers(seed, self)]
 
 
 def _covers(seed: Seed, fold: _Fold) -> bool:
@@ -72,8 +68,8 @@ def find_groups(programs: Sequence[Program]) -> list[ScaleGroup]:
     return [group for _, group in sorted(groups, key=lambda entry: entry[0])]
 
 
-def _parameters(graphs: Iterable[Facts]) -> dict[int, _Parameter]:
-    found: dict[int, _Parameter] = {}
+def _parameters(graphs: Iterable[Facts]) -> dict[Key, _Parameter]:
+    found: dict[Key, _Parameter] = {}
     for graph in graphs:
         for node, name in graph.program.names.items():
             key = parameter_key(graph.program.parameters[node])
@@ -87,11 +83,11 @@ def _parameters(graphs: Iterable[Facts]) -> dict[int, _Parameter]:
     return found
 
 
-def _fold(producer: Producer, channels: Channels, read: set[int]) -> _Fold | None:
+def _fold(producer: Producer, channels: Channels, read: set[Key]) -> _Fold | None:
     """What is left of a producer: live channels that a consumer reads; None if nothing is, or powers differ."""
     if channels.are_all_dead:
         return None
-    consumers = [seed for key, seed in channels.seeds.items() if key != producer.seed.key and seed.degree < 0]
+    consumers = [seed for seed in channels.seeds.values() if seed.is_consumer]
     alive = ~channels.is_dead
     reached = torch.zeros_like(alive)
     for seed in consumers:
@@ -116,7 +112,7 @@ def _chosen(folds: Sequence[_Fold]) -> list[_Fold]:
         ),
     )
     chosen: list[_Fold] = []
-    taken: set[int] = set()
+    taken: set[Key] = set()
     for fold in order:
         keys = {seed.key for seed in fold.consumers}
         if not keys & taken:
@@ -128,9 +124,9 @@ def _chosen(folds: Sequence[_Fold]) -> list[_Fold]:
 _Place = tuple[tuple[int, int], fx.Node]
 
 
-def _places(graphs: Sequence[Facts]) -> dict[int, _Place]:
+def _places(graphs: Sequence[Facts]) -> dict[Key, _Place]:
     """For every parameter that a contraction reads: the position of its first use, and the value read there."""
-    found: dict[int, _Place] = {}
+    found: dict[Key, _Place] = {}
     for which, graph in enumerate(graphs):
         for use in uses(graph):
             root = _root(use.value)
@@ -151,24 +147,24 @@ def _root(value: fx.Node) -> fx.Node:
     return value
 
 
-def _first(fold: _Fold, places: Mapping[int, _Place]) -> int:
+def _first(fold: _Fold, places: Mapping[Key, _Place]) -> Key:
     keys = [seed.key for seed in fold.consumers if seed.key in places]
     return min(keys, key=lambda key: places[key][0])
 
 
-def _group(fold: _Fold, parameters: Mapping[int, _Parameter], places: Mapping[int, _Place]) -> ScaleGroup:
+def _group(fold: _Fold, parameters: Mapping[Key, _Parameter], places: Mapping[Key, _Place]) -> ScaleGroup:
     number = torch.where(fold.live, fold.live.cumsum(0) - 1, -1)
     consumers: list[ScaledParameter] = []
     producer: list[ScaledParameter] = []
-    degree = -fold.consumers[0].degree
+    degree = fold.consumers[0].degree
     order = sorted(fold.channels.seeds.values(), key=lambda seed: places.get(seed.key, ((-1, 0), None))[0])
     for seed in order:
         channel = torch.where(seed.channel >= 0, number[seed.channel.clamp(min=0).long()], -1)
         if not bool((channel >= 0).any()):
             continue
-        power = float(-seed.degree / degree)
+        power = float(seed.degree / degree)
         entry = ScaledParameter(parameters[seed.key].name, seed.axis, channel, power, seed.offset)
-        (consumers if seed in fold.consumers else producer).append(entry)
+        (consumers if seed.is_consumer else producer).append(entry)
     value = places[_first(fold, places)][1].name
     keys = [seed.key for seed in fold.consumers]
     structure = f"{fold.producer.kind} -> {_described([parameters[key] for key in keys])}"
@@ -218,15 +214,15 @@ class _Reasons:
 
 
 def _left_over(
-    graphs: Sequence[Facts], parameters: Mapping[int, _Parameter], taken: set[int], reasons: _Reasons
+    graphs: Sequence[Facts], parameters: Mapping[Key, _Parameter], taken: set[Key], reasons: _Reasons
 ) -> list[tuple[tuple[int, int], ScaleGroup]]:
     """Groups without a producer: weights that read the same values, scaled at run time or not at all."""
-    by_weight: dict[int, list[tuple[tuple[int, int], Use]]] = {}
+    by_weight: dict[Key, list[tuple[tuple[int, int], Use]]] = {}
     for which, graph in enumerate(graphs):
         for use in uses(graph):
             if use.operand.key not in taken:
                 by_weight.setdefault(use.operand.key, []).append(((which, graph.order[use.contraction.node]), use))
-    together: dict[object, list[int]] = {}
+    together: dict[object, list[Key]] = {}
     for key, found in by_weight.items():
         refusal = _refusal(parameters[key], [use for _, use in found])
         values = tuple(dict.fromkeys((at[0], _root(use.value)) for at, use in found))
@@ -258,9 +254,9 @@ def _refusal(parameter: _Parameter, found: Sequence[Use]) -> str:
 
 def _unfolded(
     use: Use,
-    keys: Sequence[int],
-    by_weight: Mapping[int, Sequence[tuple[tuple[int, int], Use]]],
-    parameters: Mapping[int, _Parameter],
+    keys: Sequence[Key],
+    by_weight: Mapping[Key, Sequence[tuple[tuple[int, int], Use]]],
+    parameters: Mapping[Key, _Parameter],
     refusal: str,
     reasons: _Reasons,
 ) -> ScaleGroup:

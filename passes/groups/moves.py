@@ -15,6 +15,7 @@ from ptqc.program import value_of
 
 __all__ = [
     "KEEPS",
+    "KNOWN_FAILURES",
     "MOVES",
     "TAKES",
     "is_float",
@@ -41,6 +42,9 @@ MOVES = frozenset(
 
 TAKES = frozenset({"index", "index_select", "gather", "embedding"})
 """Reads of rows that the data chooses."""
+
+KNOWN_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What executing an operator on labels raises if it is called in a form that is not known."""
 
 _RESHAPES = frozenset({"_reshape_alias", "_unsafe_view", "reshape", "unflatten", "view"})
 
@@ -91,8 +95,12 @@ def moved(node: fx.Node, labels: Tensor, padding: int) -> Any:
     """The result of a move on another tensor in the place of its first argument. padding: what zeros become.
 
     labels: the shape of the first argument. Returns a tensor, or a list where the operator does.
+
+    Raises TypeError for a view as another type, and what the operator raises (`KNOWN_FAILURES`).
     """
     name = operator_name(node)
+    if name == "view" and isinstance(node.args[1], torch.dtype):
+        raise TypeError("a view as another type is no move")
     if name in KEEPS:
         return labels
     if name in _RESHAPES:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ptqc.passes.groups.labels import along, compact, largest, shrunk
 from ptqc.passes.groups.moves import (
     KEEPS,
+    KNOWN_FAILURES,
     MOVES,
     TAKES,
     is_symbolic,
@@ -26,7 +27,10 @@ from ptqc.passes.groups.moves import (
 )
 from ptqc.program import Program, value_of
 
-__all__ = ["Facts", "Operand", "facts", "parameter_key"]
+__all__ = ["Facts", "Key", "Operand", "facts", "parameter_key"]
+
+Key = tuple[int, int, tuple[int, ...]]
+"""What identifies a parameter: its memory, where in it, and its shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Operand:
 
     node: fx.Node
     source: fx.Node
-    key: int
+    key: Key
     maps: tuple[Tensor | None, ...]
     offset: float = 0.0
     factor: float | None = 1.0
@@ -90,14 +94,14 @@ class Facts:
     program: Program
     order: Mapping[fx.Node, int]
     operands: Mapping[fx.Node, Operand]
-    keys: Mapping[fx.Node, int]
+    keys: Mapping[fx.Node, Key]
     zeros: frozenset[fx.Node]
     constants: Mapping[fx.Node, Tensor]
 
 
-def parameter_key(parameter: Tensor) -> int:
+def parameter_key(parameter: Tensor) -> Key:
     """What identifies a parameter in every graph: its memory, since tied parameters may be two objects."""
-    return int(parameter.untyped_storage()._cdata)
+    return parameter.untyped_storage()._cdata, int(parameter.storage_offset()), tuple(parameter.shape)
 
 
 def facts(program: Program) -> Facts:
@@ -114,7 +118,10 @@ def facts(program: Program) -> Facts:
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        derived = _derived(node, operands, constants)
+        try:
+            derived = _derived(node, operands, constants)
+        except KNOWN_FAILURES:  # a form of an operator that is not known: not an operand
+            derived = None
         if derived is not None:
             operands[node] = derived
         if _is_zero(node, zeros):
@@ -226,4 +233,4 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     if name in _FULLS:
         filled: Any = node.args[_FULLS[name]]
         return not isinstance(filled, fx.Node) and filled == 0
-    return (name in MOVES or name == "_to_copy") and node.args[0] in zeros
+    return (name == "_to_copy" or (name in MOVES and name != "constant_pad_nd")) and node.args[0] in zeros

@@ -3,6 +3,7 @@
 An operator that is in none of the tables kills what enters it, with its name as the reason.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,6 +16,7 @@ from ptqc.passes.groups.contractions import CONTRACTIONS, contracted, contractio
 from ptqc.passes.groups.homogeneity import POINTWISE, degree_of
 from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, along, compact, disagreeing, largest
 from ptqc.passes.groups.moves import (
+    KNOWN_FAILURES,
     MOVES,
     TAKES,
     concrete,
@@ -31,6 +33,8 @@ from ptqc.passes.groups.trace import SCORES, Result, Trace
 from ptqc.program import value_of
 
 __all__ = ["RULES", "apply"]
+
+log = logging.getLogger("ptqc")
 
 Rule = Callable[[Trace, fx.Node], Result]
 
@@ -73,7 +77,12 @@ def apply(trace: Trace, node: fx.Node) -> Result:
         return None
     rule = RULES.get(name)
     if rule is not None:
-        return rule(trace, node)
+        try:
+            return rule(trace, node)
+        except KNOWN_FAILURES as failure:
+            log.debug("labels of %s: %s", node.format_node(), failure)
+            trace.kill_inputs(node, f"passes through a form of {name} that is not known")
+            return None
     trace.kill_inputs(node, f"passes through {name}, which is not known to keep a scale")
     return None
 
@@ -320,6 +329,9 @@ def _reduction(trace: Trace, node: fx.Node) -> Result:
     if scaled is None:
         return None
     name = operator_name(node)
+    if name == "linalg_vector_norm" and len(node.args) > 1 and node.args[1] == 0:
+        trace.kill(scaled.labels, node, "has its zeros counted")
+        return None
     at = 2 if name == "linalg_vector_norm" else 1
     given = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
     axes = _axes(given, scaled.labels.ndim)
@@ -447,7 +459,7 @@ def _convolved(trace: Trace, node: fx.Node, x: fx.Node, weight: fx.Node, groups:
     if kernel is None:
         operand = trace.facts.operands.get(weight)
         labels = columns.clamp(min=UNSCALED).view(1, wide, *([1] * len(space)))
-        if operand is None or not trace.ask(operand, labels, -value.degree, node):  # type: ignore[union-attr]
+        if operand is None or not trace.ask(operand, labels, -value.degree, node, True):  # type: ignore[union-attr]
             trace.kill(columns, node, "is contracted by a convolution")
         return None
     theirs = trace.constant_along(kernel.labels, [0, *space], node, "varies over the kernel").flatten()

@@ -16,7 +16,7 @@ from torch import fx
 from ptqc.passes.groups.contractions import Contraction, contraction
 from ptqc.passes.groups.labels import shrunk
 from ptqc.passes.groups.moves import operator_name, shape_of
-from ptqc.passes.groups.operands import Facts, Operand
+from ptqc.passes.groups.operands import Facts, Key, Operand
 from ptqc.passes.groups.trace import Seed
 
 __all__ = ["Producer", "Use", "producers", "uses"]
@@ -75,7 +75,7 @@ def _whole_axis(operand: Operand, k: int) -> int | None:
 
 def producers(graphs: Sequence[Facts]) -> list[Producer]:
     """Every producer, each once, in the order of the graphs."""
-    found: dict[tuple[int, int, float], Producer] = {}
+    found: dict[tuple[Key, int, float], Producer] = {}
     for which, facts in enumerate(graphs):
         for node, at in facts.order.items():
             for kind, operand, axis in _started(facts, node):

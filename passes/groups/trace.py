@@ -5,7 +5,7 @@ is then 1 and which count as unscaled from there on. What was proved while a cha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, compact, disagreeing, largest
 from ptqc.passes.groups.moves import shape_of
-from ptqc.passes.groups.operands import Facts, Operand
+from ptqc.passes.groups.operands import Facts, Key, Operand
 
 __all__ = ["SCORES", "Channels", "Death", "Result", "Seed", "Trace"]
 
@@ -34,17 +34,22 @@ class Death:
 
 @dataclass(frozen=True, eq=False)
 class Seed:
-    """A parameter that is scaled: (w + offset) * t[channel] ** degree along an axis, -1 for entries left alone."""
+    """A parameter that is scaled: (w + offset) * t[channel] ** degree along an axis, -1 for entries left alone.
 
-    key: int
+    is_consumer: it is a weight that undoes a scale along the axis that it contracts.
+    """
+
+    key: Key
     axis: int
     channel: Tensor
     degree: Fraction
     offset: float = 0.0
+    is_consumer: bool = False
 
     def conflicts(self, other: "Seed") -> bool:
         """Whether one parameter cannot be scaled in both ways."""
-        return (self.axis, self.degree, self.offset) != (other.axis, other.degree, other.offset)
+        mine, theirs = (self.axis, self.degree, self.offset), (other.axis, other.degree, other.offset)
+        return mine != theirs
 
 
 @dataclass(eq=False)
@@ -52,7 +57,7 @@ class Channels:
     """The channels of a candidate: which are dead, where they died, and the parameters that must scale along."""
 
     is_dead: Tensor
-    seeds: dict[int, Seed]
+    seeds: dict[Key, Seed]
     deaths: list[Death] = field(default_factory=list)
     labelled: set[fx.Node] = field(default_factory=set)
     is_extended: bool = False
@@ -93,7 +98,7 @@ class Channels:
             self.kill(torch.cat([known.channel[clash], seed.channel[clash]]), node, "a weight would need two scales")
         merged = torch.maximum(known.channel, seed.channel)
         if not torch.equal(merged, known.channel):
-            self.seeds[seed.key] = Seed(seed.key, seed.axis, merged, seed.degree, seed.offset)
+            self.seeds[seed.key] = replace(known, channel=merged)
             self.is_extended = True
         return True
 
@@ -184,7 +189,7 @@ class Trace:
             return False
         return self.ask(operand, torch.maximum(own, needed), degree, node)
 
-    def ask(self, operand: Operand, labels: Tensor, degree: Fraction, node: fx.Node) -> bool:
+    def ask(self, operand: Operand, labels: Tensor, degree: Fraction, node: fx.Node, is_consumer: bool = False) -> bool:
         """Ask the parameter behind an operand to scale so that the operand gets these labels (broadcast over it)."""
         shape = shape_of(operand.node)
         extra = labels.ndim - len(shape)
@@ -198,4 +203,4 @@ class Trace:
         axis, channel = found
         if not bool((channel >= 0).any()):
             return True
-        return self.channels.demand(Seed(operand.key, axis, channel, degree, operand.offset), node)
+        return self.channels.demand(Seed(operand.key, axis, channel, degree, operand.offset, is_consumer), node)

@@ -1,5 +1,6 @@
 """Small models with the structures that scale groups are found in, and what every test does with them."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -29,13 +30,13 @@ class RMSNorm(nn.Module):
 
 
 class Model(nn.Module):
-    """Modules by name, and a function of them and x: [2, 8, 16]."""
+    """Copies of modules by name, and a function of them and x: [2, 8, 16]."""
 
     def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():
-            setattr(self, name, part)
+            setattr(self, name, copy.deepcopy(part))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)

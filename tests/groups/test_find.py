@@ -314,3 +314,21 @@ def test_models_on_the_meta_device_have_the_same_groups():
     graphs = capture(model, batch, is_run=False)
     found = find_groups([program(graphs[0], model, batch)])
     assert {frozenset(name.removesuffix(".weight") for name in group.names): group.kind for group in found} == expected
+
+
+def test_a_reciprocal_turns_the_scale_around():
+    def run(m, x):
+        return x + m.fc2(m.fc1(m.norm(x)).abs().reciprocal())
+
+    found = groups_of(Model(run, **_parts("fc1 fc2", N)))
+    assert [group.kind for group in found] == ["fold", "fold"]
+    assert (found[1].producer[0].power, found[1].consumers[0].power) == (1.0, 1.0)
+
+
+def test_a_form_of_an_operator_that_is_not_known_is_a_reason_and_no_error():
+    def run(m, x):
+        return x + m.fc2(F.relu(m.fc1(m.norm(x))).view(torch.int32).view(torch.float32))
+
+    found = groups_of(Model(run, **_parts("fc1 fc2", N)))
+    assert [group.kind for group in found] == ["fold", "run-time"]
+    assert found[1].reason == "passes through a form of view that is not known"
