@@ -116,6 +116,7 @@ def test_no_words_ask_for_help(run):
         (["inspect", "no/such"], "no/such is no folder here"),
         (["generate", "m", "--prompt", "x"], "m does not exist"),
         (["compare", "m", "--out", "o", "--methods", "rtn:4:x"], "is no candidate"),
+        (["compare", "m", "--out", "o", "--methods", "rtn,awq:3,gptq"], "awq:3, gptq needs calibration data; add"),
         (["export", "m", "bogus", "--out", "o"], "no format is called 'bogus'"),
     ],
 )
@@ -195,16 +196,16 @@ def test_version(run):
     assert out.startswith("ptqc 0.")
 
 
-@pytest.mark.parametrize("words", [["--method", "rtn"], ["--method", "rtn", "--calibration", "docs"]])
-def test_an_interrupt_is_130_and_leaves_nothing(run, tiny, tmp_path, monkeypatch, words):
+@pytest.mark.parametrize(("words", "left"), [([], []), (["--calibration", "docs"], [".out.ptqc-work"])])
+def test_an_interrupt_is_130_and_leaves_no_output(run, tiny, tmp_path, monkeypatch, words, left):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ptqc.folders.shards.TensorWriter.append", interrupt)
-    code, out, err = run("quantize", tiny, "--out", tmp_path / "out", *words)
+    code, out, err = run("quantize", tiny, "--method", "rtn", "--out", tmp_path / "out", *words)
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "ptqc: interrupted"
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == left  # finished pieces of a calibrated run are kept
 
 
 # -------------------------------------------------------------------- quantize
@@ -227,8 +228,9 @@ def test_quantize_writes_a_folder_and_says_what_it_holds(run_json, tiny, tmp_pat
 
 def test_quantize_shows_a_summary(run, tiny, tmp_path):
     words = ("--method", "rtn", "--spec", "int8", "--include", "mlp", "--out", tmp_path / "out")
-    code, out, _ = run("quantize", tiny, *words)
+    code, out, err = run("quantize", tiny, *words)
     assert code == 0
+    assert err.startswith("plan: 6 weights (6 x rtn int8), ")
     assert "6 weights quantized (6 x int8)" in out
     assert "MB in" in out
 

@@ -10,7 +10,8 @@ import typer
 from ptqc.cli._models import Device, Model, TrustRemoteCode, load_model, load_tokenizer, read_tokens
 from ptqc.cli._output import Json, emit, note, progress, show_table, table
 from ptqc.cli.evaluate import Batch, Column, Dataset, Split, Text, Window, Windows
-from ptqc.cli.quantize import Exclude, Include
+from ptqc.cli.quantize import Calibration, Exclude, Include
+from ptqc.errors import PtqcError
 
 if TYPE_CHECKING:
     from ptqc.comparison.compare import Comparison
@@ -35,6 +36,7 @@ def compare(
     batch: Batch = 4,
     include: Include = None,
     exclude: Exclude = None,
+    calibration: Calibration = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -51,6 +53,9 @@ def compare(
     from ptqc.evaluate import windows_of
 
     candidates = parse_candidates(methods)
+    needy = [candidate.label for candidate in candidates if not candidate.is_data_free]
+    if needy and calibration is None:
+        raise PtqcError(f"{', '.join(needy)} needs calibration data; add --calibration docs, or a file")
     check_folder(out, overwrite)
     tokenizer = load_tokenizer(model, trust_remote_code)
     limit = window * windows if windows else None
@@ -61,7 +66,7 @@ def compare(
     with progress("comparing", "windows") as advance:
         comparison = run(
             loaded, candidates, tokens, window=window, windows=windows or None, batch=batch, include=include,
-            exclude=exclude, names=(model, name),
+            exclude=exclude, calibration=calibration, tokenizer=tokenizer, names=(model, name),
             on_step=lambda label, step, done, total: advance(
                 labels.index(label) * count + done, len(labels) * count, f"{label} {step}"
             ),

@@ -130,14 +130,38 @@ class _Place:
 def _stream(
     place: _Place, rules: Recipe, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, Any]:
+    from ptqc.folders.staging import refuse_target
     from ptqc.folders.stream import quantize_folder
 
+    refuse_target(place.out.resolve(), place.overwrite)
+    _say_plan(place, rules, include, exclude)
     with progress("quantizing", "bytes") as advance:
         report = quantize_folder(
             place.model, place.out, recipe=rules, include=include, exclude=exclude, overwrite=place.overwrite,
             on_progress=advance, trust_remote_code=place.trust_remote_code,
         )  # fmt: skip
     return _document(place.out, report.weights, report.skipped, report.source_bytes)
+
+
+def _say_plan(
+    place: _Place,
+    rules: Recipe,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    data: _Data | None = None,
+) -> None:
+    """Say on stderr what is going to be done."""
+    from ptqc.plan import plan
+    from ptqc.transforms import Transform
+
+    scales = (type(transform).scale is not Transform.scale for rule in rules for transform in rule.transforms)
+    size: dict[str, Any] = {} if data is None else {"samples": data.samples, "window": data.window}
+    made = plan(
+        Path(place.model) if Path(place.model).exists() else place.model, recipe=rules, include=include,
+        exclude=exclude, with_groups=any(scales), trust_remote_code=place.trust_remote_code, **size,
+    )  # fmt: skip
+    for line in made.short().splitlines():
+        note(line)
 
 
 @dataclass(frozen=True)
@@ -160,6 +184,7 @@ def _calibrated(
     refuse_target(place.out.resolve(), place.overwrite)
     tokenizer = load_tokenizer(place.model, place.trust_remote_code)
     drawn = batches(data.source, tokenizer, window=data.window, limit=data.samples, seed=data.seed)
+    _say_plan(place, rules, include, exclude, data)
     with progress("quantizing", "bytes") as advance:
         report = quantize_folder_calibrated(
             place.model, place.out, recipe=rules, batches=drawn, include=include, exclude=exclude,

@@ -19,7 +19,7 @@ from ptqc.api import quantize
 from ptqc.errors import PtqcError
 from ptqc.evaluate import Evaluation, LogProbabilities, evaluate, record
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import make_rule
+from ptqc.recipe import Rule, make_rule
 
 __all__ = ["Candidate", "Comparison", "LayerError", "OnStep", "Run", "compare", "layer_errors", "parse_candidates"]
 
@@ -52,8 +52,17 @@ class Candidate:
         else:
             bits, group = (*numbers, None, None)[:2]
             candidate = Candidate(text.strip(), method, bits, None if group is None else int(group))
-        make_rule("*", method, bits=candidate.bits, group_size=candidate.group_size, spec=candidate.spec)
+        candidate.rule()
         return candidate
+
+    def rule(self) -> Rule:
+        """The rule for every weight."""
+        return make_rule("*", self.method, bits=self.bits, group_size=self.group_size, spec=self.spec)
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether it goes without calibration data."""
+        return self.rule().is_data_free
 
 
 def _number(text: str) -> float | None:
