@@ -10,12 +10,10 @@ the JSON-lines file beside FILE, so a killed run resumes.
 
 import argparse
 import json
-import platform
 import time
 from collections import Counter
-from pathlib import Path
 
-from benchmarks import apart
+from benchmarks.sweep import sweep, write
 
 TOLERANCE = 1e-9
 
@@ -80,41 +78,19 @@ def summary_of(rows):
     }
 
 
-def show(row):
-    """One line for one architecture."""
-    if "failure" in row:
-        return f"{row['arch']}: {row['failure']}"
-    return f"{row['arch']}: {row['kinds']} largest error {row['largest_error']:.1e} {row['wrong'] or ''}"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", nargs="*", help="run these here and print rows (used by the benchmark itself)")
-    arguments = parser.parse_args()
-    if arguments.worker:
-        for key in arguments.worker:
-            print("ROW " + json.dumps(check(key)), flush=True)
+    swept = sweep("benchmarks.folds", lambda key, arguments: [check(key)], parser)
+    if swept is None:
         return
-    keys = arguments.only or apart.all_keys()
-    journal = arguments.json.with_suffix(".jsonl") if arguments.json else None
-    rows = apart.run(["benchmarks.folds"], keys, arguments.timeout, arguments.workers, journal, show)
+    rows, arguments = swept
+    for row in rows:
+        if "failure" in row or row["wrong"]:
+            print(f"{row['arch']}: {row.get('failure') or row['wrong']}")
     summary = summary_of(rows)
     print(json.dumps(summary, indent=1))
     if arguments.json:
-        import torch
-        import transformers
-
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        result = {"summary": summary, "rows": rows, "versions": versions, "date": time.strftime("%Y-%m-%d")}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.json, {"summary": summary, "rows": rows})
 
 
 if __name__ == "__main__":
