@@ -139,3 +139,17 @@ def test_bare_matrices_are_decided_by_their_use():
     assert names(model) == {"up", "down"}
     assert (model.up.is_transposed, model.down.is_transposed) == (True, False)
     assert (model(**batch) - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.slow
+def test_auto_is_a_method_of_quantize():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    data = [{"input": torch.randn(32, 64)} for _ in range(2)]
+    api.quantize(model, "auto", bits=5, base="rtn", group_size=32, calibration=data, progress=False)
+    stored = [weight for weight in model.parameters() if isinstance(weight, QuantTensor)]
+    assert 8 * sum(weight.nbytes for weight in stored) <= 5 * sum(weight.numel() for weight in stored)
+    with pytest.raises(PtqcError, match="auto measures what weights are worth on calibration data"):
+        api.quantize(nn.Linear(64, 64), "auto", bits=5)
+    with pytest.raises(PtqcError, match="auto has no option bsae; known: bits, base"):
+        api.quantize(nn.Linear(64, 64), "auto", bsae="rtn", calibration=data)

@@ -217,3 +217,10 @@ def test_surrounded_weights_compile_to_what_they_are_in_eager(needs_grad):
     if needs_grad:
         (towards_x,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (compiled, eager))
         assert (towards_x - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant+rtn"])
+def test_what_needs_data_is_sent_to_quantize(method):
+    compiled = torch.compile(torch.nn.Linear(64, 64), backend="ptqc", options={"method": method})
+    with pytest.raises(Exception, match=r"needs calibration data, .* call ptqc.quantize\(model"):
+        compiled(torch.ones(1, 64))
