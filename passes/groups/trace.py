@@ -4,7 +4,7 @@ An operator that cannot let a scale through does not end the group: it kills the
 is then 1 and which count as unscaled from there on. What was proved while a channel lived stays true at scale 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, compact, disagreeing, largest
-from ptqc.passes.groups.moves import shape_of
+from ptqc.passes.groups.moves import operator_name, shape_of
 from ptqc.passes.groups.operands import Facts, Key, Operand
 
-__all__ = ["SCORES", "Channels", "Death", "Result", "Seed", "Trace"]
+__all__ = ["RESIDUAL", "SCORES", "Channels", "Death", "Result", "Rule", "Seed", "Trace"]
 
+RESIDUAL = "reaches a sum with a value that is not scaled alike (a residual)"
 SCORES = "is contracted with another activation"
 
 Result = Scaled | None | list["Scaled | None"]
@@ -142,6 +143,13 @@ class Trace:
                 if scaled is not None:
                     self.kill(self.channels.cleaned(scaled.labels), node, reason)
 
+    def takes_scales_only_from(self, node: fx.Node, allowed: Sequence[Any]) -> bool:
+        """Whether no input of a node but the allowed ones is scaled; otherwise everything that enters dies."""
+        if all(source in allowed or self.values.get(source) is None for source in node.all_input_nodes):
+            return True
+        self.kill_inputs(node, f"steers {operator_name(node)}")
+        return False
+
     def constant_along(self, labels: Tensor, axes: Sequence[int], node: fx.Node, reason: str) -> Tensor:
         """Labels with axes cut to size 1; channels that vary along one of them die. Other axes keep their size."""
         shape = list(labels.shape)
@@ -204,3 +212,7 @@ class Trace:
         if not bool((channel >= 0).any()):
             return True
         return self.channels.demand(Seed(operand.key, axis, channel, degree, operand.offset, is_consumer), node)
+
+
+Rule = Callable[[Trace, fx.Node], Result]
+"""What an operator does to labels."""
