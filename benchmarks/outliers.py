@@ -1,10 +1,10 @@
 """What transforms do for a model whose activations have outliers, as those of large models have.
 
-    python -m benchmarks.outliers [--windows 32] [--json FILE]
+    python -m benchmarks.outliers [--factors 50 200] [--windows 32] [--json FILE]
 
 The reference model gets them without changing its function: in 1% of the channels of every norm the gain is multiplied
-by 50, and the columns of the linears behind it are divided by 50. Calibrated on English, scored on English that was
-not seen and on code.
+by a factor, and the columns of the linears behind it are divided by it. Calibrated on English, scored on English that
+was not seen and on code.
 
 8 bits: weights and inputs, one calibrated (static) scale per input, by itself and behind SmoothQuant.
 3 bits: weights alone, groups of 128 with a zero, rounded to nearest by themselves and behind AWQ. `recovered` is the
@@ -24,7 +24,7 @@ from ptqc.passes.methods.w8a8 import W8A8
 from ptqc.passes.transforms.awq import AWQ
 from ptqc.passes.transforms.smoothquant import SmoothQuant
 
-FACTOR, SHARE = 50.0, 0.01
+SHARE = 0.01
 STATIC, W3 = W8A8(inputs="static"), {"bits": 3, "group_size": 128}
 CASES = {
     "w8a8, per token": (W8A8(), {}),
@@ -40,7 +40,7 @@ TEXTS = ("docs", "code")
 
 
 @torch.no_grad()
-def with_outliers(model, seed=0):
+def with_outliers(model, factor, seed=0):
     """Give a model outliers in place; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
@@ -51,24 +51,24 @@ def with_outliers(model, seed=0):
         ):
             size = len(norm.weight)
             chosen = torch.randperm(size, generator=generator)[: max(1, round(SHARE * size))]
-            norm.weight[chosen] *= FACTOR
+            norm.weight[chosen] *= factor
             for linear in linears:
-                linear.weight[:, chosen] /= FACTOR
+                linear.weight[:, chosen] /= factor
     return model
 
 
-def measure(windows, samples):
+def measure(factor, windows, samples):
     """One row per case."""
-    judge = reference.Scale(with_outliers(reference.load()), TEXTS, windows)
+    judge = reference.Scale(with_outliers(reference.load(), factor), TEXTS, windows)
     exact = {text: judge.perplexity(text) for text in TEXTS}
     data = reference.calibration("docs", samples)
-    rows = [{"case": "float"} | {text: {"perplexity": exact[text]} for text in TEXTS}]
+    rows = [{"factor": factor, "case": "float"} | {text: {"perplexity": exact[text]} for text in TEXTS}]
     for name, (method, options) in CASES.items():
         model, seconds = judge.quantized(method, calibration=data, **options)
         found = {text: judge.score(model, text) for text in TEXTS}
         for text in TEXTS:
             found[text]["relative"] = found[text]["perplexity"] / exact[text]
-        rows.append({"case": name, "seconds": seconds} | found)
+        rows.append({"factor": factor, "case": name, "seconds": seconds} | found)
         print(rows[-1], flush=True)
     return with_recovered(rows)
 
@@ -87,21 +87,22 @@ def with_recovered(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--factors", type=float, nargs="+", default=[50.0, 200.0])
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens scored, of each text")
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments.windows, arguments.samples)
+    rows = [row for factor in arguments.factors for row in measure(factor, arguments.windows, arguments.samples)]
     measures = ("perplexity", "relative", "kl", "recovered")
-    table = Table("case", *(f"{measure}, {text}" for text in TEXTS for measure in measures), "seconds")
+    table = Table("factor", "case", *(f"{measure}, {text}" for text in TEXTS for measure in measures), "seconds")
     for row in rows:
         values = [f"{row[text][measure]:.4f}" if measure in row[text] else "" for text in TEXTS for measure in measures]
-        table.add_row(row["case"], *values, f"{row['seconds']:.1f}" if "seconds" in row else "")
+        table.add_row(f"{row['factor']:g}", row["case"], *values, f"{row['seconds']:.1f}" if "seconds" in row else "")
     Console(width=200).print(table)
     if arguments.json:
-        reference.write(arguments.json, rows, factor=FACTOR, share=SHARE, samples=arguments.samples)
+        reference.write(arguments.json, rows, share=SHARE, samples=arguments.samples, windows=arguments.windows)
 
 
 if __name__ == "__main__":
