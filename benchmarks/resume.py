@@ -53,11 +53,11 @@ def main() -> None:
         seconds = time.perf_counter() - began
         print(f"undisturbed: {seconds:.1f} s")
         killed.parent.mkdir()
-        left = arguments.kills
+        pieces = 0
         for start in range(1, arguments.kills + 2):
-            # What is left gets shorter with every piece: a kill somewhere in the first two thirds of a share of it.
-            moment = chance.uniform(0.15, 0.65) * seconds if left else None
-            left -= 1
+            # What is left gets shorter with every finished piece; every layer makes two.
+            left = seconds * (1 - pieces / (2 * arguments.layers))
+            moment = chance.uniform(0.2, 0.8) * max(left, 10.0) if start <= arguments.kills else None
             is_done = run(calibrated_command(source, killed, arguments.method), moment)
             pieces = len(list(killed.parent.glob(".out.ptqc-work/piece-*.safetensors")))
             state = "came to its end" if is_done else f"killed after {moment:.1f} s, {pieces} pieces finished"
