@@ -7,8 +7,10 @@ import pytest
 
 import ptqc
 
-PUBLIC = ["ActSpec", "PtqcConfig", "PtqcError", "QuantTensor", "WeightSpec", "auto", "export",
-          "flatten_state_dict", "inventory", "load", "plan", "quantize", "report_of", "save", "unflatten_state_dict"]  # fmt: skip
+PUBLIC = [
+    "ActSpec", "PtqcConfig", "PtqcError", "QuantTensor", "WeightSpec", "auto", "export", "flatten_state_dict",
+    "inventory", "load", "plan", "quantize", "report_of", "save", "unflatten_state_dict",
+]  # fmt: skip
 
 
 def test_exported_names():
