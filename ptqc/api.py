@@ -92,9 +92,11 @@ def quantize(
     with _shown(progress) as advance:
         if all(rule.is_data_free for _, rule in work):
             quantized = _quantize_alone(work, advance)
+            _reports.pop(model, None)
         else:
             quantized, report = quantize_calibrated(model, work, drawn, is_sequential=sequential, on_progress=advance)
             _reports[model] = report
+            skipped += [Skipped(name, reason) for name, reason in report.skipped.items()]
     remember(model, recipe_rows(rules))
     if hasattr(model, "save_pretrained"):
         from ptqc.folders.hf import attach  # here: plain modules need no transformers

@@ -88,17 +88,22 @@ class Report:
 
     route: str = ""
     groups: list[GroupOutcome] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Weights that stayed in float although a rule wanted them, and why."""
     coverage: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Rows that each expert of a stack has seen, by weight."""
-    seconds: float = 0.0
+    _said: dict[str, list[str]] = field(default_factory=dict)
 
-    def note(self, line: str) -> None:
-        """Say something once."""
-        if line not in self.notes:
-            self.notes.append(line)
+    def note(self, text: str, weight: str | None = None) -> None:
+        """Say something once, about a weight or in general."""
+        names = self._said.setdefault(text, [])
+        if weight is not None and weight not in names:
+            names.append(weight)
+
+    @property
+    def notes(self) -> list[str]:
+        """What fell short, a line each; what holds for several weights in one line that names the first."""
+        return [_line(text, names) for text, names in self._said.items()]
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -112,3 +117,9 @@ class Report:
 def transforms_of(jobs: Sequence[Job]) -> list[Transform]:
     """Every transform of the rules, each once, in the order in which it is first asked for."""
     return list(dict.fromkeys(transform for job in jobs for transform in job.rule.transforms))
+
+
+def _line(text: str, names: Sequence[str]) -> str:
+    if not names:
+        return text
+    return f'"{names[0]}": {text}' if len(names) == 1 else f'{len(names)} weights, first "{names[0]}": {text}'

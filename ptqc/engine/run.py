@@ -20,6 +20,7 @@ from ptqc.engine.in_memory import InMemory
 from ptqc.engine.jobs import Job, Report, jobs_of, transforms_of
 from ptqc.engine.sequential import run_sequential
 from ptqc.engine.work import Stage
+from ptqc.errors import PtqcError
 from ptqc.groups import ScaleGroup
 from ptqc.passes.groups.check import model_check
 from ptqc.passes.groups.find import find_groups
@@ -71,6 +72,8 @@ def quantize_calibrated(
         model.train(was_training)
     for line in report.notes:
         log.warning(line)
+    if len(report.skipped) == len(jobs):
+        raise PtqcError(f"nothing could be quantized; {next(iter(report.skipped.values()))}")
     return weights.commit(), report
 
 

@@ -95,7 +95,7 @@ def plan_pieces(program: Program, jobs: Sequence[Job], groups: Sequence[ScaleGro
         placed.setdefault(homes.get(job.name, 0), []).append(job)
         readers = division.shared.get(job.name)
         if readers:
-            report.note(f"{job.name} is read by {len(readers)} pieces of the model; its statistics are of the first")
+            report.note(f"read by {len(readers)} pieces of the model; statistics are those of the first", job.name)
     kept: dict[int, list[ScaleGroup]] = {}
     for group in groups:
         home = _home_of(group, division)
@@ -244,7 +244,7 @@ class _Work:
         for name, value in floats.items():
             reason = recorder.reason(value)
             if reason is not None:
-                self.report.note(f'"{name}" was not observed: {reason}')
+                self.report.note(f"not observed: {reason}", name)
             found[name] = recorder.statistics(value)
         return found
 

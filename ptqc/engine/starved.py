@@ -29,7 +29,7 @@ def informed(job: Job, statistics: Mapping[str, Tensor], report: Report) -> Mapp
     starved = seen < FEWEST_ROWS
     if not bool(starved.any()):
         return statistics
-    report.note(_said(job, starved, seen))
+    report.note(_said(job, starved, seen), job.name)
     if not lead or not statistics:
         return {name: _white(name, (*lead, *_shape(name, job.shape[-1]))) for name in job.needs} | {"count": seen}
     return {
@@ -54,8 +54,8 @@ def _white(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def _said(job: Job, starved: Tensor, seen: Tensor) -> str:
-    if not job.shape[:-2]:
-        rows = int(seen)
-        what = "its input never came by in calibration" if rows == 0 else f"calibration has {rows} rows for it"
-        return f'"{job.name}": {what}; quantized without data'
-    return f'"{job.name}": {int(starved.sum())} of {starved.numel()} experts saw under {FEWEST_ROWS} rows; no data used'
+    if job.shape[:-2]:
+        return f"{int(starved.sum())} of {starved.numel()} experts saw under {FEWEST_ROWS} rows; no data used for them"
+    rows = int(seen)
+    what = "its input never came by in calibration" if rows == 0 else f"calibration has only {rows} rows for it"
+    return f"{what}; quantized without data"
