@@ -48,8 +48,9 @@ def quantized(tiny):
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Runs a command; gives its exit code, stdout and stderr."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # set in the workers of pytest-xdist; tables then wrap
 
     def call(*words):
         capsys.readouterr()

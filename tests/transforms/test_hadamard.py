@@ -20,7 +20,7 @@ def member(out_features=48, in_features=80, name="w"):
 def test_rotation_and_back_is_the_weight(sides):
     one = member()
     around, extras = Hadamard(sides=sides).around(one)
-    assert list(extras) == around.extra_names
+    assert tuple(extras) == around.extra_names
     stored = stored_matrix(one.weight, around, extras)
     assert not torch.allclose(stored, one.weight, atol=0.1)
     torch.testing.assert_close(apply(steps_undoing(around, extras), stored), one.weight, atol=1e-5, rtol=0)
