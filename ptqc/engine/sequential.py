@@ -262,7 +262,8 @@ class _Work:
 
 
 def observed(piece: Piece, recorder: Recorder, names: Iterable[str]) -> Callable[..., Any]:
-    """The module of a piece with observers at the inputs of the named weights."""
+    """The module of a piece with observers at the inputs of the named weights, and nothing but what these need: the
+    last products of a piece are not computed."""
     own = piece.program
     module = torch.fx.GraphModule(own.module, _copied(own.module.graph))
     places = zip(own.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True)
@@ -270,6 +271,10 @@ def observed(piece: Piece, recorder: Recorder, names: Iterable[str]) -> Callable
     parameters = {twins[node]: value for node, value in own.parameters.items()}
     wanted = {twins[node] for node, name in own.names.items() if name in set(names)}
     Pipeline([InsertObservers(parameters, recorder, wanted)]).run(module, Context(_no_kernel))
+    (output,) = module.graph.find_nodes(op="output")
+    output.args = ((),)
+    module.graph.eliminate_dead_code()
+    module.recompile()
     return module
 
 
