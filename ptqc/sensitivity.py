@@ -10,7 +10,7 @@ For stored forms Q of a weight W, E = Q - W, in nats per token on calibration da
 The square of one draw scatters as widely as its mean. The forms of one weight differ in size rather than in kind, so
 E^T F E / |E|^2 is taken to be alike for them and averaged over all: what remains per form is |E|^2, which is known
 exactly. (Reference model, hqq at 2 to 8 bits, November 2026: log of kl and fisher correlate with 0.9 per width from 64
-draws, at a ninth of the time.)
+draws, at a fifth of the time.)
 
 The inner products are taken for whole windows, so tokens that act through each other are counted; no diagonal or
 Kronecker approximation is made. Models without logits are measured by the mean squared change of their output, relative
