@@ -6,7 +6,8 @@ engine. It overrides the steps that it has; the others leave everything as it is
 
 1. `scale`: a scale for each channel of a scale group (SmoothQuant, AWQ);
 2. `around`: what is done at run time around a stored matrix (Hadamard rotations);
-3. `clip`: another float weight to choose codes for (AWQ's clipping);
+3. `clip`: another float weight to choose codes for (AWQ's clipping), unless the method searches ranges itself
+   (`finds_ranges`);
 4. `correct`: a correction of the bias once the codes are chosen.
 """
 

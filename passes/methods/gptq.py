@@ -53,6 +53,7 @@ class Gptq:
     search: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    finds_ranges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.act_order not in (False, True, "static"):

@@ -56,6 +56,7 @@ class HalfQuadratic:
     iterations: int = 5
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    finds_ranges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.norm <= 2:

@@ -55,6 +55,7 @@ class QuipSharp:
     multiples: tuple[float, ...] = (0.95, 1.0, 1.07, 1.15)
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    finds_ranges: ClassVar[bool] = True
     brings: ClassVar[tuple[str, ...]] = ("hadamard",)
 
     def __post_init__(self) -> None:

@@ -196,8 +196,9 @@ class Stage:
         assert rule.method is not None
         around, extras = self._surrounded(job)
         member = self._member(job)
-        for transform in rule.transforms:
-            member = replace(member, weight=transform.clip(member))
+        if not getattr(rule.method, "finds_ranges", False):  # clipped weights would be what it makes errors up against
+            for transform in rule.transforms:
+                member = replace(member, weight=transform.clip(member))
         if rule.activation.is_static:
             extras = extras | {"act_scale": _static_scale(job, member, rule.activation)}
         try:
