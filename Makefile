@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-all
 
 test: $(VENV)/.installed-test
 	$(PYTEST) --durations 15
-	$(BIN)/python -m pytest --quiet --doctest-modules ptqc/spec.py ptqc/select.py
+	$(BIN)/python -m pytest --quiet --doctest-modules ptqc/spec.py ptqc/act_spec.py ptqc/select.py
 
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow"

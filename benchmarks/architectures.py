@@ -13,7 +13,7 @@ import argparse
 import logging
 import time
 
-from benchmarks.sweep import sweep, write
+from benchmarks.sweep import by_method, sweep, write
 
 TOLERANCE = 1e-3
 INNER = "what compiles the lowered graph: Inductor, or nothing (ten times faster; checks our passes only)"
@@ -159,7 +159,7 @@ def main():
         return
     found, arguments = swept
     methods = arguments.methods.split(",")
-    rows = [new for row in found for new in ([row] if "method" in row else [row | {"method": m} for m in methods])]
+    rows = by_method(found, methods)
     summary = summarise(rows, methods)
     if arguments.json:
         write(arguments.json, {"summary": summary, "rows": rows, "inner": arguments.inner})

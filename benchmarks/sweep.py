@@ -97,6 +97,11 @@ def _passed_on(arguments):
     return words
 
 
+def by_method(rows, methods):
+    """The rows; a failure of a whole architecture becomes a row for each method."""
+    return [new for row in rows for new in ([row] if "method" in row else [row | {"method": m} for m in methods])]
+
+
 def write(path, result):
     """Write a result with versions, date and machine."""
     import torch

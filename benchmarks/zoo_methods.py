@@ -11,7 +11,7 @@ import argparse
 import time
 
 from benchmarks.architectures import watch_products
-from benchmarks.sweep import sweep, write
+from benchmarks.sweep import by_method, sweep, write
 
 METHODS = "gptq,awq,smoothquant,quip_sharp"
 BATCHES = 2
@@ -147,7 +147,7 @@ def main():
         return
     found, arguments = swept
     methods = arguments.methods.split(",")
-    rows = [new for row in found for new in ([row] if "method" in row else [row | {"method": m} for m in methods])]
+    rows = by_method(found, methods)
     summary = summarise(rows, methods)
     if arguments.json:
         write(arguments.json, {"summary": summary, "rows": rows})

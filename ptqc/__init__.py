@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from ptqc.act_spec import ActSpec
     from ptqc.api import quantize, report_of
     from ptqc.codegen.exporters import export
     from ptqc.errors import PtqcError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ptqc.plan import plan
     from ptqc.qtensor import QuantTensor
     from ptqc.sites import inventory
-    from ptqc.spec import ActSpec, WeightSpec
+    from ptqc.spec import WeightSpec
 
 __all__ = [
     "ActSpec",
@@ -47,7 +48,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ActSpec": "ptqc.spec",
+    "ActSpec": "ptqc.act_spec",
     "PtqcConfig": "ptqc.folders.hf",
     "PtqcError": "ptqc.errors",
     "QuantTensor": "ptqc.qtensor",

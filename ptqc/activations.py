@@ -15,10 +15,10 @@ columns were zero:
 import torch
 from torch import Tensor
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import PtqcError
-from ptqc.spec import ActSpec
 
-__all__ = ["fake_quantize", "outlier_columns", "quantize_input"]
+__all__ = ["fake_quantize", "outlier_columns", "quantize_input", "static_scale"]
 
 _CODES = {"int8": (torch.int8, 127.0), "fp8e4m3": (torch.float8_e4m3fn, 448.0)}
 """Type and largest value of the codes."""
@@ -44,6 +44,12 @@ def quantize_input(x: Tensor, act: ActSpec, scale: Tensor | None = None) -> tupl
     steps = x.float() / scale
     steps = steps.round() if act.dtype == "int8" else steps
     return steps.clamp(-largest, largest).to(dtype), scale
+
+
+def static_scale(absmax: Tensor, act: ActSpec) -> Tensor:
+    """The scale [] float32 of a static spec, from the largest magnitude of each channel [..., in]."""
+    assert act.dtype is not None
+    return (absmax.amax() / _CODES[act.dtype][1]).clamp_min(torch.finfo(torch.float32).tiny).float()
 
 
 def fake_quantize(x: Tensor, act: ActSpec, scale: Tensor | None = None) -> Tensor:

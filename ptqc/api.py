@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ptqc.assign import assign, quantize_site
+from ptqc.act_spec import ActSpec
+from ptqc.assign import assign, nothing_to_do, quantize_site
 from ptqc.auto import auto
 from ptqc.calibrate import batches
 from ptqc.components import Component
@@ -23,7 +24,7 @@ from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules
 from ptqc.sites import Site, Skipped, find_sites, select_sites
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 
 __all__ = ["quantize", "report_of"]
 
@@ -158,8 +159,7 @@ def _shown(progress: bool) -> Iterator[Callable[[str, float, float], None]]:
 def _nothing_to_do(model: nn.Module, skipped: Sequence[Skipped]) -> str:
     if any(isinstance(weight, QuantTensor) for weight in model.parameters()):
         return "every weight that may be quantized already is; start from the float model"
-    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3])
-    return f"nothing would be quantized ({reasons or 'the model has no matrices'})"
+    return nothing_to_do(skipped)
 
 
 def _report(

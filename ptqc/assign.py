@@ -9,7 +9,7 @@ from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
 from ptqc.sites import Site, Skipped
 from ptqc.surroundings import Surroundings
 
-__all__ = ["assign", "needs_data", "quantize_site"]
+__all__ = ["assign", "needs_data", "nothing_to_do", "quantize_site"]
 
 
 def assign(
@@ -39,11 +39,16 @@ def needs_data(rule: Rule) -> str:
     return f'{rule.label} needs {why}; pass calibration data, as in calibration="docs" with a tokenizer'
 
 
+def nothing_to_do(skipped: Sequence[Skipped]) -> str:
+    """What to tell when no weight would be quantized."""
+    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3])
+    return f"nothing would be quantized ({reasons or 'the model has no matrices'})"
+
+
 def quantize_site(site: Site, rule: Rule) -> QuantTensor:
     """The quantized weight of a site, from the weight alone; the model is not changed."""
     assert rule.method is not None and rule.is_data_free
-    shape = site.weight.mT.shape if site.is_transposed else site.weight.shape
-    spec = fitted_spec(rule, shape)
+    spec = fitted_spec(rule, site.stored_shape)
     return quantize_weight(
         site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed,
         surroundings=Surroundings(act=rule.activation),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ptqc.act_spec import ActSpec
 from ptqc.calibrate import batches
 from ptqc.components import Chain, Component, chain
 from ptqc.errors import PtqcError
@@ -25,7 +26,7 @@ from ptqc.passes.observe.run import observe
 from ptqc.recipe import Recipe, Rule
 from ptqc.sensitivity import Forms, by_fisher, by_kl
 from ptqc.sites import Site, find_sites, select_sites
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 
 __all__ = ["auto"]
 
@@ -146,9 +147,8 @@ def _options(
     recorder = observe(model, drawn, {site.weight: needs for site in sites}) if needs else None
     found = []
     for number, site in enumerate(sites):
-        shape = site.weight.mT.shape if site.is_transposed else site.weight.shape
         statistics = {} if recorder is None else recorder.statistics(site.weight)
-        fitted = list(dict.fromkeys(spec.fit(shape) for spec in specs))
+        fitted = list(dict.fromkeys(spec.fit(site.stored_shape) for spec in specs))
         stored = [
             quantize_weight(
                 site.weight, made.method, spec, name=site.name, is_transposed=site.is_transposed, statistics=statistics

@@ -30,7 +30,7 @@ from ptqc.errors import PtqcError
 from ptqc.texts import EMBEDDED, Document, read_any_dataset, read_any_documents
 from ptqc.windows import draw, pack, pack_texts
 
-__all__ = ["batches", "fingerprint", "shard"]
+__all__ = ["batches", "fingerprint", "moved", "shard", "signature"]
 
 log = logging.getLogger("ptqc")
 
@@ -92,6 +92,16 @@ def shard(batches: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return list(enumerate(batches))[rank::world]
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def signature(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Names, shapes and dtypes of a batch, alike for batches that one graph serves."""
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(batch.items()))
 
 
 def fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:

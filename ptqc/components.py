@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import PtqcError, UnknownNameError
 from ptqc.methods import METHODS, Method
 from ptqc.registry import Registry
-from ptqc.spec import ActSpec
 from ptqc.transforms import TRANSFORMS, Transform
 
 __all__ = ["Chain", "Component", "chain", "describe", "entries", "name_of"]

@@ -6,7 +6,7 @@ A message is a mapping with "role" and "content", or with "from" and "value" as 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, first_line
 
 __all__ = ["COLUMNS", "Conversation", "is_conversation", "render"]
 
@@ -49,7 +49,7 @@ def _rendered(number: int, conversation: Conversation, tokenizer: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template([_message(one) for one in conversation], tokenize=False))
     except Exception as error:  # a template is a program of its own, and says in its own way what it refuses
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise PtqcError(f"the chat template refuses conversation {number} of the calibration data: {reason}") from None
 
 

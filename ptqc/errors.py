@@ -1,6 +1,6 @@
 """Errors a user can act on: each says what was asked, what was found and what would work."""
 
-__all__ = ["CheckpointError", "ExportError", "PtqcError", "SpecError", "UnknownNameError", "WeightError"]
+__all__ = ["CheckpointError", "ExportError", "PtqcError", "SpecError", "UnknownNameError", "WeightError", "first_line"]
 
 
 class PtqcError(Exception):
@@ -25,3 +25,8 @@ class CheckpointError(PtqcError, OSError):
 
 class ExportError(PtqcError):
     """A model that an export format cannot hold."""
+
+
+def first_line(error: BaseException) -> str:
+    """What to quote of an error that somebody else's code raised: the first line of its text, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

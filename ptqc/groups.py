@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ScaleGroup", "ScaledParameter", "rescaled"]
+__all__ = ["ScaleGroup", "ScaledParameter", "rescaled", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +62,15 @@ def rescaled(weight: Tensor, entry: ScaledParameter, scale: Tensor) -> Tensor:
     of float32 and the weight's own type.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    factor = _spread(entry, scale.to(weight.device, wide)) ** entry.power
+    factor = spread(scale.to(weight.device, wide), entry.channel) ** entry.power
     shape = [1] * weight.ndim
     shape[entry.axis] = -1
     changed: Tensor = (weight.to(wide) + entry.offset) * factor.view(shape) - entry.offset
     return changed.to(weight.dtype)
 
 
-def _spread(entry: ScaledParameter, scale: Tensor) -> Tensor:
-    """The scale of every entry along the axis; 1 where it is left alone."""
-    channel = entry.channel.to(scale.device)
+def spread(scale: Tensor, channel: Tensor) -> Tensor:
+    """The scale of every entry of an axis, [size]; 1 where it has no channel. scale: [channels]. channel: [size]."""
+    channel = channel.to(scale.device)
     padded = torch.cat([scale, scale.new_ones(1)])
     return padded[torch.where(channel < 0, len(scale), channel)]

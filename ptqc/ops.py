@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ptqc import activations, storage
 from ptqc import hadamard as rotations
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.act_spec import ActSpec
+from ptqc.spec import WeightSpec
 
 __all__ = ["bmm", "dequantize", "embedding", "fake_quantize", "hadamard", "hadamard_back", "linear"]
 

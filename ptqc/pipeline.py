@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import Kernel, KernelRequest
 
@@ -25,16 +26,20 @@ log = logging.getLogger("ptqc")
 _dump_number = count()
 
 
+def _no_kernel(request: KernelRequest) -> Kernel:
+    raise PtqcError(f"this graph is not lowered, and has no kernel for {request}")
+
+
 @dataclass
 class Context:
     """What passes of one pipeline share.
 
-    kernel: finds the kernel for a request. quantized: the stored weight behind each get_attr node. kept: the get_attr
-    nodes of weights left in float, and why. chosen: per lowered site its name and
+    kernel: finds the kernel for a request, where the graph is lowered. quantized: the stored weight behind each
+    get_attr node. kept: the get_attr nodes of weights left in float, and why. chosen: per lowered site its name and
     kernel, with the reasons of the targets that refused.
     """
 
-    kernel: Callable[[KernelRequest], Kernel]
+    kernel: Callable[[KernelRequest], Kernel] = _no_kernel
     quantized: dict[fx.Node, QuantTensor] = field(default_factory=dict)
     kept: dict[fx.Node, str] = field(default_factory=dict)
     chosen: list[tuple[str, Kernel]] = field(default_factory=list)

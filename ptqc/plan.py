@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptqc.act_spec import ActSpec
 from ptqc.assign import assign
-from ptqc.calibrate import batches
+from ptqc.calibrate import batches, moved
 from ptqc.capture import CapturedGraph, capture
 from ptqc.components import Component
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, first_line
 from ptqc.estimate import Cost, Shape, estimate_bytes, estimate_seconds, seconds_per_weight
 from ptqc.folders.architecture import build_empty
 from ptqc.folders.folder import open_folder
@@ -29,10 +30,10 @@ from ptqc.passes.groups.find import find_groups
 from ptqc.program import program
 from ptqc.recipe import Recipe, Rule, fitted_spec, requested_rules
 from ptqc.sites import UNUSED, Site, Skipped, find_sites, select_sites
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
 
-__all__ = ["Plan", "PlannedGroup", "PlannedWeight", "plan", "plan_work"]
+__all__ = ["Plan", "PlannedGroup", "PlannedWeight", "plan"]
 
 Work = Sequence[tuple[Site, Rule]]
 NOT_CAPTURED = "no graph: none is needed"
@@ -209,9 +210,7 @@ def _example(model: nn.Module, batch: Mapping[str, Any] | None) -> Mapping[str, 
     if batch is None and getattr(model, "main_input_name", None) == "input_ids":
         batch = {"input_ids": torch.arange(_TOKENS[1])[None]}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if batch is None:
-        return None
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return None if batch is None else moved(batch, device)
 
 
 @dataclass(frozen=True)
@@ -221,17 +220,6 @@ class _Seen:
     graphs: Sequence[CapturedGraph]
     how: str
     batch: Mapping[str, Any]
-
-
-def plan_work(
-    model: nn.Module, work: Work, skipped: Sequence[Skipped], batch: Mapping[str, Any] | None, *, tokens: int
-) -> Plan:
-    """The plan of work that is already assigned. batch: to capture the model on, None if it need not be.
-
-    tokens: of the calibration data.
-    """
-    graphs, how = _captured(model, batch)
-    return _planned(model, work, skipped, _Seen(graphs, how, batch or {}), tokens, is_streamed=False)
 
 
 def _planned(
@@ -256,7 +244,7 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 
 
 def _weight(site: Site, rule: Rule) -> PlannedWeight:
-    shape = _stored_shape(site)
+    shape = site.stored_shape
     spec = fitted_spec(rule, shape)
     try:
         nbytes = spec.nbytes(shape)
@@ -265,10 +253,6 @@ def _weight(site: Site, rule: Rule) -> PlannedWeight:
     nbytes += 4 if rule.activation.is_static else 0
     source = site.weight.numel() * site.weight.element_size()
     return PlannedWeight(site.name, shape, rule.label, str(spec), str(rule.activation), nbytes, source)
-
-
-def _stored_shape(site: Site) -> tuple[int, ...]:
-    return tuple(site.weight.mT.shape if site.is_transposed else site.weight.shape)
 
 
 # -------------------------------------------------------------------- graphs
@@ -285,7 +269,7 @@ def _captured(model: nn.Module, batch: Mapping[str, Any] | None) -> tuple[list[C
         if graphs and graphs[0].stopped_by and not is_weightless:
             graphs = capture(model, batch)
     except Exception as error:  # what dynamo does not understand fails in any way
-        return [], f"no graph, module hooks instead ({_first_line(error)})"
+        return [], f"no graph, module hooks instead ({first_line(error)[:120]})"
     finally:
         model.train(was_training)
     breaks = list(dict.fromkeys(graph.stopped_by for graph in graphs if graph.stopped_by))
@@ -301,7 +285,7 @@ def _groups(
     try:
         found = find_groups([program(graph, model, batch) for graph in graphs]) if graphs else []
     except Exception as error:  # an operator without shapes fails in any way
-        return [], [f"a graph cannot be analysed ({_first_line(error)}): no scale groups"]
+        return [], [f"a graph cannot be analysed ({first_line(error)[:120]}): no scale groups"]
     return [_group(group) for group in found], []
 
 
@@ -312,10 +296,6 @@ def _group(group: ScaleGroup) -> PlannedGroup:
     )  # fmt: skip
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-
-
 # -------------------------------------------------------------------- estimates
 
 
@@ -323,7 +303,7 @@ def _cost(model: nn.Module, work: Work, graphs: Sequence[CapturedGraph], tokens:
     sources = _sources(graphs)
     shapes = []
     for site, _ in work:
-        *lead, out_features, in_features = _stored_shape(site)
+        *lead, out_features, in_features = site.stored_shape
         source = sources.get(id(site.weight), site.name)
         shapes.append(Shape(torch.Size(lead).numel(), out_features, in_features, source))
     is_data_free = all(rule.is_data_free for _, rule in work)
@@ -345,7 +325,7 @@ def _sources(graphs: Sequence[CapturedGraph]) -> dict[int, str]:
 
 def _seconds(work: Work, cost: Cost) -> float:
     """Estimated seconds; the speed of a method without data is measured on its commonest spec."""
-    free = Counter((rule.method, fitted_spec(rule, _stored_shape(site))) for site, rule in work)
+    free = Counter((rule.method, fitted_spec(rule, site.stored_shape)) for site, rule in work)
     per_weight = 0.0
     for (method, spec), _ in free.most_common(1):
         if method is not None and not method.needs:

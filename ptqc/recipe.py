@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 from torch import nn
 
+from ptqc.act_spec import ActSpec
 from ptqc.components import Component, chain, describe, entries, name_of
 from ptqc.errors import PtqcError
 from ptqc.methods import Method
 from ptqc.recipe_file import KEYS, Row, check_keys, read_rows
 from ptqc.select import matches
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.transforms import Transform
 
 __all__ = [

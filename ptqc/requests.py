@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ptqc.act_spec import ActSpec
 from ptqc.registry import Registry
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 
 __all__ = ["TARGETS", "Emitter", "Kernel", "KernelRequest", "KernelSource"]
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ptqc.calibrate import moved
 from ptqc.capture import CapturedGraph, capture
 from ptqc.qtensor import QuantTensor
 from ptqc.select import matches
@@ -47,6 +48,22 @@ class Site:
     weight: nn.Parameter
     owners: tuple[tuple[nn.Module, str], ...]
     is_transposed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the weight as it is stored, [*lead, out, in]."""
+        return tuple(self.weight.mT.shape if self.is_transposed else self.weight.shape)
+
+    def bias_in(self, model: nn.Module) -> str | None:
+        """Name of the bias beside the weight in the module that holds it, if no other module has the weight."""
+        if len(self.owners) > 1:
+            return None
+        module, attribute = self.owners[0]
+        beside = attribute.replace("weight", "bias")
+        bias = module._parameters.get(beside)
+        if bias is None or beside == attribute or bias.shape != self.stored_shape[-2:-1]:
+            return None
+        return next((name for name, parameter in model.named_parameters() if parameter is bias), None)
 
     def replace(self, weight: Tensor) -> None:
         """Put another tensor in the place of the parameter, in every owner."""
@@ -175,7 +192,7 @@ def _captured(model: nn.Module, batch: Mapping[str, Any] | None) -> Sequence[Cap
     if example is None:
         return None
     device = next(model.parameters()).device
-    example = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in example.items()}
+    example = moved(example, device)
     try:
         return capture(model, example)
     except Exception as error:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ptqc import ops
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.hadamard import rotate
-from ptqc.spec import ActSpec
 
 __all__ = [
     "EXTRAS", "Step", "Surroundings", "apply", "check_extras", "steps_after", "steps_before", "steps_undoing",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ptqc.conversations import COLUMNS, Conversation, is_conversation
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, first_line
 
 __all__ = [
     "EMBEDDED",
@@ -195,8 +195,7 @@ def read_any_dataset(name: str, split: str = "test", column: str = "text") -> li
     try:
         data = datasets.load_dataset(path, config or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PtqcError(f"cannot read split {split!r} of the data set {name!r}: {reason}") from None
+        raise PtqcError(f"cannot read split {split!r} of the data set {name!r}: {first_line(error)}") from None
     found = _column(data.column_names, column)
     if found not in data.column_names:
         raise PtqcError(f"data set {name!r} has no column {column!r}; it has {', '.join(data.column_names)}")

@@ -17,8 +17,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ptqc.act_spec import ActSpec
 from ptqc.registry import Registry
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.surroundings import Surroundings
 
 __all__ = ["TRANSFORMS", "Member", "Transform"]
@@ -57,6 +58,11 @@ class Transform:
     def needs(self) -> frozenset[str]:
         """Statistics of the input that it reads; may depend on its options."""
         return frozenset()
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether it has the step `scale`, and so wants scale groups."""
+        return type(self).scale is not Transform.scale
 
     def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
         """The scale s [channels] float32, positive: columns of the members are multiplied by it, their input divided.

@@ -2,9 +2,10 @@
 
 import torch
 
+from ptqc.act_spec import ActSpec
 from ptqc.hadamard import rotation_name
 from ptqc.methods import METHODS, quantize_weight
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.surroundings import Surroundings
 
 KINDS = ("scale", "order", "input rotation", "output rotation", "int8", "static", "outliers", "everything")

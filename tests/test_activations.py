@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ptqc.act_spec import ActSpec
 from ptqc.activations import fake_quantize, outlier_columns, quantize_input
 from ptqc.errors import PtqcError
-from ptqc.spec import ActSpec
 
 TOKEN, TENSOR = ActSpec(dtype="int8"), ActSpec(dtype="int8", scale="tensor")
 STATIC = ActSpec(dtype="int8", scale="tensor", is_static=True)

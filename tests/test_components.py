@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import pytest
 
+from ptqc.act_spec import ActSpec
 from ptqc.components import chain, describe
 from ptqc.errors import PtqcError, UnknownNameError
 from ptqc.methods import METHODS
 from ptqc.passes.methods.hqq import HalfQuadratic
 from ptqc.passes.methods.rtn import RoundToNearest
-from ptqc.spec import ActSpec
 from ptqc.transforms import TRANSFORMS, Transform
 
 

@@ -6,23 +6,14 @@ from torch import nn
 
 from ptqc.capture import capture
 from ptqc.weights import weight_uses
+from tests.uses import uses_of
 
 F = nn.functional
 X, STACK = torch.randn(2, 5, 64), torch.randn(4, 5, 64)
 
 
-class Uses(nn.Module):
-    def __init__(self, shape, use):
-        super().__init__()
-        self.w, self.use = nn.Parameter(torch.randn(shape)), use
-
-    def forward(self, x):
-        return self.use(x, self.w)
-
-
 def product(shape, use, x):
-    (graph,) = capture(Uses(shape, use).eval(), {"x": x})
-    (found,) = weight_uses(graph.module.graph, graph.parameters)
+    (found,) = uses_of(shape, use, x)
     (only,) = found.products
     assert only.node in found.contractions
     return only

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 from torch import nn
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import PtqcError, SpecError, UnknownNameError
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.recipe import (
@@ -20,7 +21,6 @@ from ptqc.recipe import (
     remember,
     rule_for,
 )
-from ptqc.spec import ActSpec
 from ptqc.transforms import TRANSFORMS, Transform
 
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
-from ptqc.spec import KNOWN_SPECS, ActSpec, ScaleSpec, WeightSpec
+from ptqc.spec import KNOWN_SPECS, ScaleSpec, WeightSpec
 from ptqc.storage import part_layout
 
 GROUPS = st.sampled_from([None, 8, 16, 32, 48, 64, 128])

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
-from ptqc.spec import ActSpec
 from ptqc.surroundings import (
     Surroundings,
     apply,

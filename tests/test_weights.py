@@ -6,21 +6,7 @@ from torch import nn
 
 from ptqc.capture import capture
 from ptqc.weights import weight_uses
-
-
-class Uses(nn.Module):
-    def __init__(self, shape, use):
-        super().__init__()
-        self.w, self.use = nn.Parameter(torch.randn(shape)), use
-
-    def forward(self, x):
-        return self.use(x, self.w)
-
-
-def uses(shape, use, x):
-    (graph,) = capture(Uses(shape, use).eval(), {"x": x})
-    return weight_uses(graph.module.graph, graph.parameters)
-
+from tests.uses import uses_of
 
 X = torch.randn(2, 5, 64)
 IDS = torch.tensor([[1, 2]])
@@ -45,7 +31,7 @@ WEIGHTS = [
 @pytest.mark.parametrize("number", range(len(WEIGHTS)))
 def test_weights(number):
     shape, use, axis = WEIGHTS[number]
-    (found,) = uses(shape, use, X)
+    (found,) = uses_of(shape, use, X)
     assert found.reason is None
     assert found.contractions
     assert axis is None or found.input_axis == axis
@@ -63,13 +49,13 @@ KEPT = [
 @pytest.mark.parametrize("number", range(len(KEPT)))
 def test_kept(number):
     shape, use, x, reason = KEPT[number]
-    (found,) = uses(shape, use, x)
+    (found,) = uses_of(shape, use, x)
     assert reason in found.reason
 
 
 def test_positions_and_norms_are_not_spoken_of():
-    assert uses((5, 64), lambda x, w: x + w, X) == []
-    assert uses((5, 64), lambda x, w: F.linear(x, torch.ones(8, 64)) * w.sum(), X) == []
+    assert uses_of((5, 64), lambda x, w: x + w, X) == []
+    assert uses_of((5, 64), lambda x, w: F.linear(x, torch.ones(8, 64)) * w.sum(), X) == []
 
 
 def test_the_projections_of_multi_head_attention_are_weights():

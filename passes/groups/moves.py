@@ -4,7 +4,6 @@ Whatever the layout (fused projections, interleaved heads, grouped key and value
 every element came from; there is no code per layout.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ptqc.program import value_of
+from ptqc.views import function_name
 
 __all__ = [
     "KEEPS",
@@ -51,12 +51,7 @@ _RESHAPES = frozenset({"_reshape_alias", "_unsafe_view", "reshape", "unflatten",
 
 def operator_name(node: fx.Node) -> str:
     """Name of the ATen operator of a node, without namespace and overload."""
-    if node.op != "call_function":
-        return node.op
-    if node.target is operator.getitem:
-        return "getitem"
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-    return str(name).split(".")[0]
+    return function_name(node) if node.op == "call_function" else node.op
 
 
 def shape_of(node: fx.Node) -> torch.Size:

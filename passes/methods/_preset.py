@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ptqc import storage
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.passes.methods.rtn import round_to_nearest
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 
 __all__ = ["Inputs", "Preset", "in_groups", "quantized_inputs"]
 

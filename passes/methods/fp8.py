@@ -7,10 +7,10 @@ too (W8A8).
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.methods import METHODS
 from ptqc.passes.methods._preset import Inputs, Preset, in_groups, quantized_inputs
-from ptqc.spec import ActSpec
 
 __all__ = ["Float8"]
 

@@ -9,10 +9,10 @@ hold values so large that they would leave the others of a token two or three le
 import math
 from dataclasses import dataclass
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.methods import METHODS
 from ptqc.passes.methods.int8 import Int8
-from ptqc.spec import ActSpec
 
 __all__ = ["LlmInt8"]
 

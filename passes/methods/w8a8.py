@@ -7,10 +7,10 @@ for all of them that was calibrated: faster, and as wide as the largest input ev
 from dataclasses import dataclass
 from typing import Literal
 
+from ptqc.act_spec import ActSpec
 from ptqc.methods import METHODS
 from ptqc.passes.methods._preset import quantized_inputs
 from ptqc.passes.methods.int8 import Int8
-from ptqc.spec import ActSpec
 
 __all__ = ["W8A8"]
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ptqc import grid, storage
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.methods import METHODS, whole_row
 from ptqc.passes.methods.rtn import round_to_nearest
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 
 __all__ = ["ZeroQuant"]
 

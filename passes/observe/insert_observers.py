@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 
 from ptqc.contractions import Contraction
+from ptqc.errors import first_line
 from ptqc.passes.observe.attention import OUTPUT_WEIGHT, ObservedAttention, is_attention
 from ptqc.passes.observe.layout import Layout
 from ptqc.passes.observe.recorder import Recorder
@@ -43,7 +44,7 @@ class Observer(nn.Module):
         try:
             self.recorder.take(x, weights, self.layout, index)
         except (RuntimeError, ValueError) as error:  # an observer never stops the model
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             self.recorder.note(weights, f"its input of shape {tuple(x.shape)} is not that of the graph: {reason}")
 
 

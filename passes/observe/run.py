@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from ptqc.calibrate import shard
+from ptqc.calibrate import moved, shard
 from ptqc.errors import PtqcError
 from ptqc.passes.observe.insert_observers import InsertObservers
 from ptqc.passes.observe.layout import Layout
 from ptqc.passes.observe.recorder import Recorder, Weight
 from ptqc.pipeline import Context, Pipeline
 
-__all__ = ["observe", "observed_graph"]
+__all__ = ["observe", "observed", "observed_graph"]
 
 log = logging.getLogger("ptqc")
 
@@ -63,18 +63,24 @@ def observe(
 
 def observed_graph(gm: fx.GraphModule, inputs: Sequence[Any], recorder: Recorder) -> fx.GraphModule:
     """A copy of dynamo's graph with observers. inputs: what it is called with; parameters are recognised among them."""
-    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(gm.graph, copied))
-    placeholders = [copied[node] for node in gm.graph.nodes if node.op == "placeholder"]
-    pairs = zip(placeholders, inputs, strict=True)
-    parameters = {node: value for node, value in pairs if isinstance(value, nn.Parameter)}
-    module = fx.GraphModule(gm, graph)
-    Pipeline([InsertObservers(parameters, recorder)]).run(module, Context(_no_kernel))
-    return module
+    pairs = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    return observed(gm, {node: value for node, value in pairs if isinstance(value, nn.Parameter)}, recorder)
 
 
-def _no_kernel(request: Any) -> Any:
-    raise PtqcError("an observed graph is not lowered")
+def observed(
+    module: fx.GraphModule,
+    parameters: Mapping[fx.Node, Tensor],
+    recorder: Recorder,
+    wanted: Collection[fx.Node] | None = None,
+) -> fx.GraphModule:
+    """A copy of a graph with observers. parameters: by their placeholders. wanted: placeholders, None for all."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(module.graph, copies))
+    copied = fx.GraphModule(module, graph)
+    own = {copies[node]: value for node, value in parameters.items()}
+    chosen = None if wanted is None else {copies[node] for node in wanted}
+    Pipeline([InsertObservers(own, recorder, chosen)]).run(copied, Context())
+    return copied
 
 
 def _by_graphs(
@@ -112,9 +118,9 @@ def _run(
 ) -> None:
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     for done, (number, batch) in enumerate(batches, 1):
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        recorder.begin(number, moved)
-        call(**moved)
+        inputs = moved(batch, device)
+        recorder.begin(number, inputs)
+        call(**inputs)
         if progress is not None:
             progress(done, len(batches))
 

@@ -1,4 +1,4 @@
-"""From columns of weights to channels of a scale group, and back.
+"""From columns of weights to channels of a scale group; `ptqc.groups.spread` leads back.
 
 The columns of a member belong to channels: often to one each, several to one where heads are shared (grouped-query
 attention), some to none (-1). All functions take the channel of every column, [in] int64.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptqc.transforms import Member
 
-__all__ = ["averaged", "bounded", "channels_of", "largest", "spread"]
+__all__ = ["averaged", "bounded", "channels_of", "largest"]
 
 _FARTHEST = 1e4
 """A channel is scaled by no more than this against the geometric mean of all."""
@@ -44,11 +44,6 @@ def largest(columns: Iterable[tuple[Tensor, Tensor]], channels: int) -> Tensor:
         has = channel >= 0
         found.scatter_reduce_(0, channel[has], values[has], "amax")
     return found
-
-
-def spread(scale: Tensor, channel: Tensor) -> Tensor:
-    """The factor of every column, [in]; 1 where it has no channel."""
-    return torch.cat([scale, scale.new_ones(1)])[torch.where(channel < 0, len(scale), channel)]
 
 
 def bounded(scale: Tensor, is_alive: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ptqc import grid
+from ptqc.groups import spread
 from ptqc.passes.methods.rtn import round_to_nearest
-from ptqc.passes.transforms._channels import channels_of, spread
+from ptqc.passes.transforms._channels import channels_of
 from ptqc.spec import WeightSpec
 from ptqc.transforms import Member
 

@@ -19,17 +19,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ptqc.activations import fake_quantize
+from ptqc.act_spec import ActSpec
+from ptqc.activations import fake_quantize, static_scale
 from ptqc.errors import PtqcError
-from ptqc.passes.transforms._channels import bounded, channels_of, largest, spread
+from ptqc.groups import spread
+from ptqc.passes.transforms._channels import bounded, channels_of, largest
 from ptqc.passes.transforms._scale_search import rounded
-from ptqc.spec import ActSpec
 from ptqc.transforms import TRANSFORMS, Member, Transform
 
 __all__ = ["SmoothQuant"]
 
 _ALPHAS = tuple(i / 20 for i in range(21))
-_LARGEST_CODE = {"int8": 127.0, "fp8e4m3": 448.0}
 
 
 @TRANSFORMS.register("smoothquant")
@@ -98,5 +98,4 @@ def _output_error(member: Member, scale: Tensor) -> float:
 def _quantized(rows: Tensor, absmax: Tensor, act: ActSpec) -> Tensor:
     if act.dtype is None:
         return rows
-    step = (absmax.amax() / _LARGEST_CODE[act.dtype]).clamp_min(torch.finfo(torch.float32).tiny)
-    return fake_quantize(rows, act, step if act.is_static else None)
+    return fake_quantize(rows, act, static_scale(absmax, act) if act.is_static else None)

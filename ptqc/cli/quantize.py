@@ -152,9 +152,8 @@ def _say_plan(
 ) -> None:
     """Say on stderr what is going to be done."""
     from ptqc.plan import plan
-    from ptqc.transforms import Transform
 
-    scales = (type(transform).scale is not Transform.scale for rule in rules for transform in rule.transforms)
+    scales = (transform.has_scale for rule in rules for transform in rule.transforms)
     size: dict[str, Any] = {} if data is None else {"samples": data.samples, "window": data.window}
     made = plan(
         Path(place.model) if Path(place.model).exists() else place.model, recipe=rules, include=include,

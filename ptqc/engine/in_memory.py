@@ -19,10 +19,9 @@ class InMemory:
     """Float parameters of a model by name, with what the engine has made of them so far."""
 
     def __init__(self, model: nn.Module, sites: Iterable[Site], jobs: Iterable[Job]) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._model, self._parameters = model, dict(model.named_parameters())
         self._sites = {site.name: site for site in sites}
         self._wide = {job.name for job in jobs}
-        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._changed: dict[str, Tensor] = {}
         self._stored: dict[str, QuantTensor] = {}
 
@@ -51,15 +50,7 @@ class InMemory:
 
     def bias_of(self, name: str) -> str | None:
         """The bias beside a weight in the module that holds it, if no other module has the weight."""
-        site = self._sites[name]
-        if len(site.owners) > 1:
-            return None
-        module, attribute = site.owners[0]
-        bias = module._parameters.get(attribute.replace("weight", "bias"))
-        out_features = site.weight.shape[-1 if site.is_transposed else -2]
-        if bias is None or attribute.replace("weight", "bias") == attribute or bias.shape != (out_features,):
-            return None
-        return self._names.get(id(bias))
+        return self._sites[name].bias_in(self._model)
 
     @property
     def values(self) -> Mapping[str, Tensor]:

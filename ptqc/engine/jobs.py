@@ -40,11 +40,7 @@ class Job:
 
 def jobs_of(work: Iterable[tuple[Site, Rule]]) -> list[Job]:
     """The jobs of sites with their rules."""
-    return [Job(site.name, rule, _stored_shape(site), site.weight.dtype, site.is_transposed) for site, rule in work]
-
-
-def _stored_shape(site: Site) -> tuple[int, ...]:
-    return tuple(site.weight.mT.shape if site.is_transposed else site.weight.shape)
+    return [Job(site.name, rule, site.stored_shape, site.weight.dtype, site.is_transposed) for site, rule in work]
 
 
 class Weights(Protocol):

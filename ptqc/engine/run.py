@@ -8,28 +8,27 @@ The report says which it was and why.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptqc.calibrate import moved, signature
 from ptqc.capture import CapturedGraph, capture
+from ptqc.engine.grouping import groups_for
 from ptqc.engine.in_memory import InMemory
-from ptqc.engine.jobs import Job, Report, jobs_of, transforms_of
+from ptqc.engine.jobs import Job, Report, jobs_of
 from ptqc.engine.sequential import run_sequential
 from ptqc.engine.work import Stage
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, first_line
 from ptqc.groups import ScaleGroup
 from ptqc.passes.groups.check import model_check
-from ptqc.passes.groups.find import find_groups
 from ptqc.passes.observe.run import observe
 from ptqc.program import Program, program
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Rule
 from ptqc.sites import Site
-from ptqc.transforms import Transform
 
 __all__ = ["OnProgress", "quantize_calibrated"]
 
@@ -60,9 +59,10 @@ def quantize_calibrated(
     model.eval()
     try:
         with torch.no_grad():
-            batches = _moved(model, batches)
+            device = next(model.parameters()).device
+            batches = [moved(batch, device) for batch in batches]
             view = _view(model, batches, report)
-            groups = _groups(model, view, batches[0]) if view.programs and _wants_groups(jobs) else []
+            groups = groups_for(model, view.programs, batches[0], jobs, is_whole=view.can_be_cut)
             if is_sequential and view.can_be_cut:
                 report.route = "one graph, in pieces"
                 run_sequential(view.programs[0], batches, jobs, groups, weights, report, on_progress)
@@ -75,15 +75,6 @@ def quantize_calibrated(
     if len(report.skipped) == len(jobs):
         raise PtqcError(f"nothing could be quantized; {next(iter(report.skipped.values()))}")
     return weights.commit(), report
-
-
-def _moved(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-    """The batches where the model is."""
-    device = next(model.parameters()).device
-    return [
-        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        for batch in batches
-    ]
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,7 @@ def _view(model: nn.Module, batches: Sequence[Batch], report: Report) -> _View:
         try:
             programs.append(program(graph, model, batches[0]))
         except Exception as error:  # an operator without shapes fails in any way
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            report.note(f"a graph of the model cannot be analysed ({reason[:120]}); no scale groups")
+            report.note(f"a graph of the model cannot be analysed ({first_line(error)[:120]}); no scale groups")
             return _View()
     if len(graphs) != 1:
         broken = next((graph.stopped_by for graph in graphs if graph.stopped_by), None)
@@ -114,7 +104,7 @@ def _view(model: nn.Module, batches: Sequence[Batch], report: Report) -> _View:
     if programs[0].unknown:
         report.note("the graph takes values that are neither parameters, buffers nor inputs; not cut into pieces")
         return _View(tuple(programs))
-    if len({_signature(batch) for batch in batches}) > 1:
+    if len({signature(batch) for batch in batches}) > 1:
         report.note(
             "the calibration batches differ in shape, so statistics are those of the float model; "
             "batches of one shape are calibrated piece by piece"
@@ -123,41 +113,16 @@ def _view(model: nn.Module, batches: Sequence[Batch], report: Report) -> _View:
     return _View(tuple(programs), can_be_cut=True)
 
 
-_FEW_TOKENS = 16
-
-
-def _groups(model: nn.Module, view: _View, batch: Batch) -> list[ScaleGroup]:
-    """Scale groups, looked for on a few tokens where the batch is nothing but tokens: which there are does not depend
-    on how many, and following channels through long graphs takes time. Folds are checked on the graph itself."""
-    shapes = {value.shape for value in batch.values()}
-    is_tokens = all(value.ndim == 2 and not value.is_floating_point() for value in batch.values()) and len(shapes) == 1
-    if not view.can_be_cut or not is_tokens or next(iter(shapes))[1] <= _FEW_TOKENS:
-        return find_groups(view.programs)
-    short = {name: value[:1, :_FEW_TOKENS].contiguous() for name, value in batch.items()}
-    try:
-        return find_groups([program(graph, model, short) for graph in capture(model, short)])
-    except Exception as error:  # a model may insist on a length
-        log.info("scale groups are looked for on the whole batch (%s)", type(error).__name__)
-        return find_groups(view.programs)
-
-
 def _captured(model: nn.Module, batch: Batch, report: Report) -> list[CapturedGraph]:
     try:
         return capture(model, batch)
     except Exception as error:  # what dynamo does not understand fails in any way; the model itself may well run
         model(**batch)  # raises by itself if the batch is at fault
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         report.route = "module hooks"
-        report.note(f"the model cannot be traced ({reason[:120]}); statistics from module hooks, no scale groups")
+        report.note(
+            f"the model cannot be traced ({first_line(error)[:120]}); statistics from module hooks, no scale groups"
+        )
         return []
-
-
-def _signature(batch: Batch) -> tuple[Any, ...]:
-    return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(batch.items()))
-
-
-def _wants_groups(jobs: Iterable[Job]) -> bool:
-    return any(type(transform).scale is not Transform.scale for transform in transforms_of(list(jobs)))
 
 
 def _one_stage(

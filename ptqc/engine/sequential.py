@@ -25,11 +25,9 @@ from ptqc.engine.checks import piece_check
 from ptqc.engine.jobs import Job, Report, Weights
 from ptqc.engine.pieces import Division, Piece, cut, span_of
 from ptqc.engine.work import Check, Stage
-from ptqc.errors import PtqcError
 from ptqc.groups import ScaleGroup
-from ptqc.passes.observe.insert_observers import InsertObservers
 from ptqc.passes.observe.recorder import Recorder
-from ptqc.pipeline import Context, Pipeline
+from ptqc.passes.observe.run import observed
 from ptqc.program import Program
 from ptqc.qtensor import QuantTensor
 from ptqc.weights import weight_uses
@@ -173,6 +171,7 @@ class _Progress:
 
     @staticmethod
     def of(plan: Plan, report: OnProgress) -> "_Progress":
+        """The progress of a plan, none made yet."""
         sizes = {}
         for piece in plan.pieces:
             sizes[piece.index] = sum(value.numel() for value in piece.program.parameters.values())
@@ -229,7 +228,7 @@ class _Work:
             return {}
         floats = runnable({name: self.weights.current(name) for name in piece.parameters})
         recorder = Recorder({floats[name]: needs for name, needs in wanted.items()})
-        module = observed(piece, recorder, wanted)
+        module = observing(piece, recorder, wanted)
         for place, (number, batch) in enumerate(self.batches):
             recorder.begin(number, batch)
             module(*piece.arguments(store.values(place), floats, batch))
@@ -261,31 +260,17 @@ class _Work:
             self.progress.at(piece, 0.9 + 0.1 * place / len(self.batches), "running")
 
 
-def observed(piece: Piece, recorder: Recorder, names: Iterable[str]) -> Callable[..., Any]:
+def observing(piece: Piece, recorder: Recorder, names: Iterable[str]) -> Callable[..., Any]:
     """The module of a piece with observers at the inputs of the named weights, and nothing but what these need: the
     last products of a piece are not computed."""
-    own = piece.program
-    module = torch.fx.GraphModule(own.module, _copied(own.module.graph))
-    places = zip(own.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True)
-    twins = dict(places)
-    parameters = {twins[node]: value for node, value in own.parameters.items()}
-    wanted = {twins[node] for node, name in own.names.items() if name in set(names)}
-    Pipeline([InsertObservers(parameters, recorder, wanted)]).run(module, Context(_no_kernel))
+    own, chosen = piece.program, set(names)
+    wanted = {node for node, name in own.names.items() if name in chosen}
+    module = observed(own.module, own.parameters, recorder, wanted)
     (output,) = module.graph.find_nodes(op="output")
     output.args = ((),)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:
-    copy = torch.fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
-
-
-def _no_kernel(request: Any) -> Any:
-    raise PtqcError("an observed graph is not lowered")
 
 
 def runnable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

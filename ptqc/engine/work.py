@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ptqc.act_spec import ActSpec
+from ptqc.activations import static_scale
 from ptqc.engine.jobs import GroupOutcome, Job, Report, Weights, transforms_of
 from ptqc.engine.starved import informed
 from ptqc.errors import PtqcError, SpecError
-from ptqc.groups import ScaledParameter, ScaleGroup, rescaled
+from ptqc.groups import ScaledParameter, ScaleGroup, rescaled, spread
 from ptqc.methods import quantize_weight
+from ptqc.passes.groups.check import folded
 from ptqc.qtensor import QuantTensor
-from ptqc.spec import ActSpec
 from ptqc.surroundings import Surroundings, stored_matrix, stored_statistics
 from ptqc.transforms import Member, Transform
 
@@ -33,7 +35,6 @@ one set of values to the other."""
 
 _TOLERANCE = 1e-9
 """Largest relative change of an output that a fold may cause in float64."""
-_LARGEST_CODE = {"int8": 127.0, "fp8e4m3": 448.0}
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Stage:
     # ---------------------------------------------------------------- scales
 
     def _scale_groups(self, transform: Transform) -> None:
-        if type(transform).scale is Transform.scale:
+        if not transform.has_scale:
             return
         chosen = [pair for group in self.groups if (pair := self._choose(transform, group)) is not None]
         folds = [(group, scale) for group, scale in chosen if group.kind == "fold"]
@@ -125,15 +126,14 @@ class Stage:
         before = {name: self.weights.read(name).double() for name in names}
         after = dict(before)
         for group, scale in folds:
-            for entry in (*group.producer, *group.consumers):
-                after[entry.name] = rescaled(after[entry.name], entry, scale.double())
+            after |= folded(after, group, scale)
         return self.check(before, after)
 
     def _fold(self, group: ScaleGroup, scale: Tensor) -> None:
         for entry in (*group.producer, *group.consumers):
             self.weights.fold(entry.name, rescaled(self.weights.read(entry.name), entry, scale))
         for entry in group.consumers:
-            factor = _column_factors(entry, scale)
+            factor = spread(scale.float(), entry.channel)
             self._folded[entry.name] = self._folded.get(entry.name, torch.ones_like(factor)) * factor
             self._known.pop(entry.name, None)
 
@@ -142,7 +142,7 @@ class Stage:
         for entry in group.consumers:
             if entry.name in jobs:
                 around, extras = self._around.get(entry.name, (Surroundings(), {}))
-                factor = 1 / _column_factors(entry, scale)
+                factor = 1 / spread(scale.float(), entry.channel)
                 extras = extras | {"input_scale": factor * extras.get("input_scale", torch.ones_like(factor))}
                 self._around[entry.name] = replace(around, input_scale=True), extras
 
@@ -240,12 +240,6 @@ class Stage:
                 self.weights.fold(bias, (value.float() + change).to(value.dtype))
 
 
-def _column_factors(entry: ScaledParameter, scale: Tensor) -> Tensor:
-    """The factor of every column of a consumer, [in]."""
-    ones = torch.ones(len(entry.channel), dtype=torch.float32, device=scale.device)
-    return rescaled(ones, replace(entry, axis=-1), scale.float())
-
-
 def _dressed(made: QuantTensor, job: Job, around: Surroundings, extras: Mapping[str, Tensor]) -> QuantTensor:
     """The stored matrix with what stands around it, looking like the parameter."""
     around = replace(around, order=made.surroundings.order)
@@ -262,5 +256,4 @@ def _static_scale(job: Job, member: Member, act: ActSpec) -> Tensor:
         raise PtqcError(
             f'"{job.name}": the range of a rotated input is not known; use a dynamic activation scale (int8-token)'
         )
-    assert act.dtype is not None
-    return (found.amax() / _LARGEST_CODE[act.dtype]).clamp_min(torch.finfo(torch.float32).tiny).float()
+    return static_scale(found, act)

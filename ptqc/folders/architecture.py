@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ptqc.errors import CheckpointError
+from ptqc.errors import CheckpointError, first_line
 from ptqc.folders.folder import ModelFolder
 
 __all__ = ["architecture_of", "build_empty", "build_unfilled", "cannot_build", "planned_dtype"]
@@ -81,5 +81,5 @@ def planned_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def cannot_build(stored: ModelFolder, error: Exception) -> CheckpointError:
     """What to tell when transformers fails on a folder."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     return CheckpointError(f"transformers cannot build the model of {stored.path / 'config.json'}: {reason}; repair it")

@@ -25,14 +25,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ptqc.assign import assign
-from ptqc.calibrate import fingerprint
+from ptqc.assign import assign, nothing_to_do
+from ptqc.calibrate import fingerprint, signature
 from ptqc.capture import CapturedGraph, capture
 from ptqc.engine.activations import Activations
-from ptqc.engine.jobs import Job, Report, jobs_of, transforms_of
+from ptqc.engine.grouping import groups_for
+from ptqc.engine.jobs import Job, Report, jobs_of
 from ptqc.engine.run import quantize_calibrated
 from ptqc.engine.sequential import Plan, plan_pieces, run_sequential
-from ptqc.errors import PtqcError, SpecError
+from ptqc.errors import PtqcError, SpecError, first_line
 from ptqc.folders.architecture import build_empty, build_unfilled, planned_dtype
 from ptqc.folders.artefacts import Artefact, WorkFolder, work_folder_of
 from ptqc.folders.checkpoint import load, save, write_folder
@@ -42,7 +43,6 @@ from ptqc.folders.conversion import (
     StreamReport,
     copied,
     model_dtype,
-    nothing_to_do,
     refuse_source,
     write_config,
 )
@@ -53,11 +53,9 @@ from ptqc.folders.shards import Append, Block
 from ptqc.folders.shelf import Shelf
 from ptqc.folders.sources import Sources, direct_sources
 from ptqc.folders.staging import refuse_target, staged, unwritable
-from ptqc.passes.groups.find import find_groups
 from ptqc.program import Program, program
 from ptqc.recipe import Recipe, Rule, recipe_rows, remember
 from ptqc.sites import Site, Skipped, find_sites, select_sites
-from ptqc.transforms import Transform
 
 __all__ = ["quantize_folder_calibrated"]
 
@@ -91,15 +89,10 @@ def quantize_folder_calibrated(
     Raises: CheckpointError for a folder that cannot be read or written, WeightError and SpecError naming the weight;
     nothing is left of `out` then, finished pieces are kept.
     """
-    request = Request(
-        recipe=recipe,
-        include=None if include is None else tuple(include),
-        exclude=None if exclude is None else tuple(exclude),
-        on_progress=on_progress or (lambda done, total, name: None),
-        overwrite=overwrite,
-        max_shard_bytes=max_shard_bytes,
-        trust_remote_code=trust_remote_code,
-    )
+    request = Request.of(
+        recipe, include=include, exclude=exclude, on_progress=on_progress, overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if not batches:
         raise PtqcError("there is no calibration data")
     stored, target = open_folder(source), Path(out).resolve()
@@ -148,7 +141,7 @@ def _view(stored: ModelFolder, batches: Sequence[Mapping[str, Tensor]], request:
     sources = direct_sources(build_empty(stored, request.trust_remote_code), stored)
     if isinstance(sources, str):
         return sources
-    if len({_signature(batch) for batch in batches}) > 1:
+    if len({signature(batch) for batch in batches}) > 1:
         return "the calibration batches differ in shape"
     model = build_unfilled(stored, request.trust_remote_code)
     _fill_buffers(model, sources)
@@ -166,10 +159,6 @@ def _view(stored: ModelFolder, batches: Sequence[Mapping[str, Tensor]], request:
     return _View(stored, sources, model, whole, work, (*skipped, *left))
 
 
-def _signature(batch: Mapping[str, Tensor]) -> tuple[object, ...]:
-    return tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(batch.items()))
-
-
 def _fill_buffers(model: nn.Module, sources: Sources) -> None:
     for name, buffer in model.named_buffers():
         if name in sources.entries:
@@ -180,14 +169,10 @@ def _captured(model: nn.Module, batch: Mapping[str, Tensor]) -> CapturedGraph | 
     try:
         graphs = capture(model, batch, is_run=False)
     except Exception as error:  # what dynamo does not understand fails in any way
-        return f"the model cannot be traced ({_first_line(error)})"
+        return f"the model cannot be traced ({first_line(error)[:120]})"
     if len(graphs) != 1 or graphs[0].stopped_by is not None:
         return f"the model is not one graph ({graphs[0].stopped_by if graphs else 'it runs nothing'})"
     return graphs[0]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
 
 
 def _base(stored: ModelFolder, batches: Sequence[Mapping[str, Tensor]], request: Request) -> str:
@@ -220,8 +205,7 @@ def _quantize_pieces(
     jobs = jobs_of(view.work)
     _refuse_specs(jobs)
     notes = Report()
-    has_scales = any(type(transform).scale is not Transform.scale for transform in transforms_of(jobs))
-    groups = find_groups([view.program]) if has_scales else []
+    groups = groups_for(view.model, [view.program], batches[0], jobs, is_whole=True)
     plan = plan_pieces(view.program, jobs, groups, notes)
     shelf = _shelf(view, plan, folder)
     total = sum(entry.nbytes for entry in view.sources.entries.values())
@@ -257,21 +241,9 @@ def _refuse_specs(jobs: Iterable[Job]) -> None:
 def _shelf(view: _View, plan: Plan, folder: WorkFolder) -> Shelf:
     names = [name for name, _ in view.model.named_parameters()]
     dtypes = {name: view.dtype_of(name) for name in names if name in view.sources.entries}
-    biases = {site.name: bias for site, _ in view.work if (bias := _bias_of(site, view.model)) is not None}
+    biases = {site.name: bias for site, _ in view.work if (bias := site.bias_in(view.model)) is not None}
     jobs = frozenset(site.name for site, _ in view.work)
     return Shelf(view.sources.entries, dtypes, biases, jobs, frozenset(plan.division.shared), folder)
-
-
-def _bias_of(site: Site, model: nn.Module) -> str | None:
-    """The bias beside a weight in the module that holds it, if no other module has the weight."""
-    if len(site.owners) > 1:
-        return None
-    module, attribute = site.owners[0]
-    name = attribute.replace("weight", "bias")
-    bias = module._parameters.get(name)
-    if bias is None or name == attribute or bias.shape != site.weight.shape[-1 if site.is_transposed else -2 :][:1]:
-        return None
-    return next((name for name, other in model.named_parameters() if other is bias), None)
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ptqc.recipe import Recipe
 from ptqc.sites import Skipped
 
 __all__ = [
-    "OnProgress", "Request", "StreamReport", "copied", "model_dtype", "nothing_to_do", "refuse_source", "write_config",
+    "OnProgress", "Request", "StreamReport", "copied", "model_dtype", "refuse_source", "write_config",
 ]  # fmt: skip
 
 OnProgress = Callable[[int, int, str], None]
@@ -53,6 +53,28 @@ class Request:
     max_shard_bytes: float
     trust_remote_code: bool
 
+    @staticmethod
+    def of(
+        recipe: Recipe,
+        *,
+        include: Iterable[str] | None,
+        exclude: Iterable[str] | None,
+        on_progress: OnProgress | None,
+        overwrite: bool,
+        max_shard_bytes: float,
+        trust_remote_code: bool,
+    ) -> "Request":
+        """The request of a caller who may leave out patterns and progress."""
+        return Request(
+            recipe=recipe,
+            include=None if include is None else tuple(include),
+            exclude=None if exclude is None else tuple(exclude),
+            on_progress=on_progress or (lambda done, total, name: None),
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            trust_remote_code=trust_remote_code,
+        )
+
 
 def refuse_source(stored: ModelFolder, target: Path) -> None:
     """Refuse a source that is quantized already, or lies in the target.
@@ -66,12 +88,6 @@ def refuse_source(stored: ModelFolder, target: Path) -> None:
     origin = stored.path.resolve()
     if target == origin or target in origin.parents:
         raise CheckpointError(f"{target} holds the model to quantize; write to another folder")
-
-
-def nothing_to_do(skipped: Sequence[Skipped]) -> str:
-    """What to tell when no weight would be quantized."""
-    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:3])
-    return f"nothing would be quantized ({reasons or 'the model has no matrices'})"
 
 
 def model_dtype(stored: ModelFolder) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ptqc import storage
-from ptqc.assign import assign, quantize_site
+from ptqc.assign import assign, nothing_to_do, quantize_site
 from ptqc.errors import PtqcError, SpecError, WeightError
 from ptqc.folders.architecture import build_empty, planned_dtype
 from ptqc.folders.checkpoint import load, save, write_folder
@@ -29,7 +29,6 @@ from ptqc.folders.conversion import (
     StreamReport,
     copied,
     model_dtype,
-    nothing_to_do,
     refuse_source,
     write_config,
 )
@@ -72,15 +71,10 @@ def quantize_folder(
     Raises: CheckpointError for a folder that cannot be read or written, WeightError and SpecError naming the weight;
     nothing is left of `out` then.
     """
-    request = Request(
-        recipe=_recipe(method, spec, recipe),
-        include=None if include is None else tuple(include),
-        exclude=None if exclude is None else tuple(exclude),
-        on_progress=on_progress or (lambda done, total, name: None),
-        overwrite=overwrite,
-        max_shard_bytes=max_shard_bytes,
-        trust_remote_code=trust_remote_code,
-    )
+    request = Request.of(
+        _recipe(method, spec, recipe), include=include, exclude=exclude, on_progress=on_progress, overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     stored, target = open_folder(source), Path(out).resolve()
     refuse_source(stored, target)
     refuse_target(target, overwrite)
@@ -143,7 +137,7 @@ def _quantize_streamed(
 def _plan(site: Site, rule: Rule, entry: TensorEntry, dtype: torch.dtype) -> StoredWeight:
     """How a weight will be stored. Reads it once: its values are checked, and its largest decides the scale type."""
     assert rule.method is not None
-    shape = tuple(site.weight.mT.shape if site.is_transposed else site.weight.shape)
+    shape = site.stored_shape
     spec = fitted_spec(rule, shape)
     try:
         spec.groups(shape)

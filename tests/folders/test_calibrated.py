@@ -31,20 +31,6 @@ def rules(method="gptq"):
     return [make_rule("*", method, group_size=32)]
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A float folder in its own place, so that the output's parent can be looked at alone."""
-    folder = tmp_path / "source"
-    tiny("plain", torch.bfloat16).save_pretrained(folder)
-    (tmp_path / "work").mkdir()
-    return folder
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "work" / "out"
-
-
 def run(source, out, **options):
     return quantize_folder_calibrated(source, out, **({"recipe": rules(), "batches": batches()} | options))
 

@@ -22,21 +22,6 @@ from tests.tiny import logits, tiny
 RTN = RoundToNearest()
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A float folder in its own place, so that `tmp_path / "out"` can be looked at alone."""
-    folder = tmp_path / "source"
-    tiny("plain", torch.bfloat16).save_pretrained(folder)
-    (tmp_path / "work").mkdir()
-    return folder
-
-
-@pytest.fixture
-def out(tmp_path):
-    """Where to write; its parent must be empty after a failure."""
-    return tmp_path / "work" / "out"
-
-
 def rewrite(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

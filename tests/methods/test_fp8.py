@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.methods import quantize_weight
 from ptqc.passes.methods.fp8 import Float8
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.testing import check_method
 
 

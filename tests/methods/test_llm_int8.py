@@ -2,9 +2,10 @@
 
 import pytest
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.passes.methods.llm_int8 import LlmInt8
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.testing import check_method
 
 

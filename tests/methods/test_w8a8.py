@@ -2,10 +2,11 @@
 
 import pytest
 
+from ptqc.act_spec import ActSpec
 from ptqc.errors import SpecError
 from ptqc.methods import METHODS
 from ptqc.passes.methods.w8a8 import W8A8
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.testing import check_method
 
 

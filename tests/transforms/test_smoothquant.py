@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from ptqc import grid
+from ptqc.act_spec import ActSpec
 from ptqc.activations import fake_quantize
 from ptqc.errors import PtqcError
 from ptqc.passes.methods.rtn import round_to_nearest
 from ptqc.passes.transforms.smoothquant import SmoothQuant
-from ptqc.spec import ActSpec, WeightSpec
+from ptqc.spec import WeightSpec
 from ptqc.transforms import TRANSFORMS, Member
 
 INT8, STATIC = WeightSpec.parse("int8"), ActSpec(dtype="int8", scale="tensor", is_static=True)
