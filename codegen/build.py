@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ptqc import ops
+from ptqc.errors import PtqcError
 from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
 
-__all__ = ["kernel_for"]
+__all__ = ["kernel_for", "target_for"]
 
 log = logging.getLogger("ptqc")
 _LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
@@ -35,23 +36,45 @@ def _targets() -> list[tuple[str, Emitter]]:
 
 
 @cache
-def kernel_for(request: KernelRequest) -> Kernel:
-    """The kernel of the first target that does not refuse the request; the reference never does."""
+def _first(request: KernelRequest) -> tuple[tuple[str, Emitter] | None, tuple[tuple[str, str], ...]]:
+    """The first target that does not refuse the request, and why those before it did."""
     refusals: list[tuple[str, str]] = []
     for name, emitter in _targets():
         reason = emitter.refuses(request)
         if reason is None:
-            log.info("%s [%d, %d] %s: %s", request.spec, request.n, request.k, request.dtype, name)
-            return _load(name, emitter.emit(request), request, tuple(refusals))
+            return (name, emitter), tuple(refusals)
         refusals.append((name, reason))
-    raise AssertionError("the reference target refused a request")
+    return None, tuple(refusals)
+
+
+def target_for(request: KernelRequest) -> str | None:
+    """Name of the target that would serve the request, or None: what decides whether a step is fused."""
+    found, _ = _first(request)
+    return None if found is None else found[0]
+
+
+@cache
+def kernel_for(request: KernelRequest) -> Kernel:
+    """The kernel of the first target that does not refuse the request.
+
+    Raises: PtqcError with all the reasons if every target does; the reference takes whatever has no fusion but a bias.
+    """
+    found, refusals = _first(request)
+    if found is None:
+        reasons = "; ".join(f"{target}: {reason}" for target, reason in refusals)
+        raise PtqcError(f"no target has a kernel for {request}: {reasons}")
+    name, emitter = found
+    log.info("%s [%d, %d] %s: %s", request.spec, request.n, request.k, request.dtype, name)
+    return _load(name, emitter.emit(request), request, refusals)
 
 
 def _load(target: str, source: KernelSource, request: KernelRequest, refusals: tuple[tuple[str, str], ...]) -> Kernel:
     if source.operator is not None:
-        return Kernel(target, ops.linear, list, (str(request.spec),), refusals)
+        spec = str(request.spec)
+        return Kernel(target, ops.linear, list, lambda x, parts, rest: (x, parts, spec, *(rest or [None])), refusals)
     module = load_text(source.text)
-    return Kernel(target, _operator(module), module.prepare, (request.n,), refusals)
+    width = request.width
+    return Kernel(target, _operator(module), module.prepare, lambda x, parts, rest: (x, parts, rest, width), refusals)
 
 
 def load_text(text: str) -> ModuleType:
@@ -87,17 +110,18 @@ def _temporary_folder() -> Path:
 
 
 def _operator(module: ModuleType) -> Any:
-    """Register `module.run` as ptqc::<name of the text>(x, parts, bias)."""
+    """Register `module.run` as ptqc::<name of the text>(x, parts, operands, width)."""
     name = module.__name__
     if not hasattr(torch.ops.ptqc, name):
-        _LIBRARY.define(f"{name}(Tensor x, Tensor[] parts, int n, Tensor? bias) -> Tensor")
+        _LIBRARY.define(f"{name}(Tensor x, Tensor[] parts, Tensor[] operands, int width) -> Tensor")
 
-        def run(x: Tensor, parts: Sequence[Tensor], n: int, bias: Tensor | None) -> Tensor:
-            product: Tensor = module.run(x.reshape(-1, x.shape[-1]), parts, bias)
-            return product.view(*x.shape[:-1], n)
+        def run(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:
+            flat = [part if part.ndim < 2 else part.reshape(-1, part.shape[-1]) for part in operands]
+            product: Tensor = module.run(x.reshape(-1, x.shape[-1]), parts, flat)
+            return product.view(*x.shape[:-1], width)
 
-        def fake(x: Tensor, parts: Sequence[Tensor], n: int, bias: Tensor | None) -> Tensor:
-            return x.new_empty((*x.shape[:-1], n))
+        def fake(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:
+            return x.new_empty((*x.shape[:-1], width))
 
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ptqc::{name}", fake, lib=_LIBRARY)

@@ -49,9 +49,6 @@ dequantize = torch.ops.ptqc.dequantize.default
 hadamard = torch.ops.ptqc.hadamard.default
 hadamard_back = torch.ops.ptqc.hadamard_back.default
 fake_quantize = torch.ops.ptqc.fake_quantize.default
-hadamard = torch.ops.ptqc.hadamard.default
-hadamard_back = torch.ops.ptqc.hadamard_back.default
-fake_quantize = torch.ops.ptqc.fake_quantize.default
 
 
 def _named(parts: Sequence[Tensor], spec: WeightSpec) -> dict[str, Tensor]:

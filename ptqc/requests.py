@@ -1,4 +1,12 @@
-"""What lowering asks of code generation: a request for a kernel, the answer, and what a target must offer."""
+"""What lowering asks of code generation: a request for a kernel, the answer, and what a target must offer.
+
+A kernel computes, for x [rows, in] and a stored matrix S [out, in],
+
+    y = epilogue( A(prologue(x)) @ S.T )
+
+prologue and epilogue are chains of `ptqc.fusions`, A is the quantization of the input (`ActSpec`). Everything behind
+the product happens in float32; the result is rounded once.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptqc.act_spec import ActSpec
+from ptqc.fusions import narrows, takes_operand
 from ptqc.registry import Registry
 from ptqc.spec import WeightSpec
 
@@ -18,8 +27,9 @@ __all__ = ["TARGETS", "Emitter", "Kernel", "KernelRequest", "KernelSource"]
 class KernelRequest:
     """Everything the text of a kernel may depend on, hence the key under which it is cached.
 
-    n, k: out_features and in_features. dtype: of the activation and the result. needs_grad: whether a derivative
-    towards the activation is wanted.
+    n, k: out_features and in_features of the stored matrix. dtype: of the activation and the result. prologue,
+    epilogue: names of `ptqc.fusions`, in the order in which they happen. needs_grad: whether a derivative towards the
+    activation is wanted.
     """
 
     spec: WeightSpec
@@ -28,8 +38,21 @@ class KernelRequest:
     dtype: torch.dtype
     device: str
     act: ActSpec = field(default_factory=ActSpec)
+    prologue: tuple[str, ...] = ()
     epilogue: tuple[str, ...] = ()
     needs_grad: bool = False
+
+    @property
+    def width(self) -> int:
+        """Features of the result: n, or n / 2 behind a gate."""
+        return self.n // 2 if any(map(narrows, self.epilogue)) else self.n
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What each operand of the kernel belongs to, in order: the prologue, a static input scale, the epilogue."""
+        before = [f"prologue {name}" for name in self.prologue if takes_operand(name)]
+        scale = ["act_scale"] if self.act.is_static else []
+        return (*before, *scale, *(f"epilogue {name}" for name in self.epilogue if takes_operand(name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +60,8 @@ class KernelSource:
     """The text of a kernel: a Python module that defines
 
     `prepare(parts: list[Tensor]) -> list[Tensor]`, run once on the stored parts, and
-    `run(x: Tensor, parts: list[Tensor], bias: Tensor | None) -> Tensor`, x being [rows, in].
+    `run(x: Tensor, parts: list[Tensor], operands: list[Tensor]) -> Tensor`, x being [rows, in], the operands those of
+    `KernelRequest.operands` (per row: [rows, width]), the result [rows, width].
 
     operator: instead of a text, an operator with the signature of `ptqc::linear` that exists already.
     """
@@ -48,13 +72,17 @@ class KernelSource:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A loaded kernel: `call` is what the graph calls, on (x, parts, *arguments, bias)."""
+    """A loaded kernel: the graph calls `call(*arguments(x, parts, operands))`, parts being those of `prepare`."""
 
     target: str
     call: Callable[..., Tensor]
     prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-    arguments: tuple[Any, ...] = ()
+    arguments: Callable[[Any, Sequence[Any], Sequence[Any]], tuple[Any, ...]]
     refusals: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor] = ()) -> Tensor:
+        """The product for x [..., in] and the stored parts, prepared on the spot: for tests and trials."""
+        return self.call(*self.arguments(x, list(self.prepare(list(parts))), list(operands)))
 
 
 class Emitter(Protocol):

@@ -33,9 +33,9 @@ def prepare(parts):
     return [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2), scales_and_zeros]
 
 
-def run(x, parts, bias):
+def run(x, parts, operands):
     product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), parts[0], GROUP, parts[1])
-    return product if bias is None else product + bias
+    return product + operands[0] if operands else product
 '''
 _OFFSETS = {
     "none": "torch.zeros_like(scale)",
@@ -54,6 +54,8 @@ class AtenInt4:
     def refuses(self, request: KernelRequest) -> str | None:
         """Everything but affine int4 in groups of 32 to 256 with bfloat16 activations on the CPU."""
         spec = request.spec
+        if request.prologue or request.act.dtype or request.epilogue not in ((), ("bias",)):
+            return "ATen's products fuse nothing but a bias"
         if request.device != "cpu" or request.needs_grad:
             return "ATen's int4 product serves CPU inference only"
         if spec.bits != 4 or spec.codebook is not None or spec.rows != 1:

@@ -21,9 +21,9 @@ def prepare(parts):
     return [(codes ^ 0x80).view(torch.int8).contiguous(), scale.flatten().to({dtype})]
 
 
-def run(x, parts, bias):
+def run(x, parts, operands):
     product = torch._weight_int8pack_mm(x.contiguous(), *parts)
-    return product if bias is None else product + bias
+    return product + operands[0] if operands else product
 '''
 
 
@@ -36,6 +36,8 @@ class AtenInt8:
     def refuses(self, request: KernelRequest) -> str | None:
         """Everything but int8 per output row with 16-bit activations on the CPU, without derivative."""
         spec = request.spec
+        if request.prologue or request.act.dtype or request.epilogue not in ((), ("bias",)):
+            return "ATen's products fuse nothing but a bias"
         if request.device != "cpu" or request.needs_grad:
             return "ATen's int8 product serves CPU inference only"
         if (spec.bits, spec.codebook, spec.zero, spec.group, spec.rows) != (

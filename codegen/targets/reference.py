@@ -1,4 +1,4 @@
-"""The reference target: dequantize and multiply. Serves every request, on every device, with derivatives."""
+"""The reference target: dequantize and multiply. Serves every plain request, on every device, with derivatives."""
 
 from typing import ClassVar
 
@@ -14,7 +14,9 @@ class Reference:
     rank: ClassVar[int] = 1000
 
     def refuses(self, request: KernelRequest) -> str | None:
-        """Never."""
+        """Whatever has fusions besides a bias."""
+        if request.prologue or request.act.dtype or request.epilogue not in ((), ("bias",)):
+            return "the reference is plain operators: it fuses nothing but a bias"
         return None
 
     def emit(self, request: KernelRequest) -> KernelSource:

@@ -96,17 +96,24 @@ class _Weight:
 
     def _call_kernel(self, user: fx.Node, call: "_Linear") -> None:
         shape = self.stored.stored_shape
+        is_rotated = self.stored.surroundings.output_rotation is not None
+        bias = None if is_rotated else call.bias
         request = KernelRequest(
-            self.stored.spec, shape[0], shape[1], self.stored.dtype, self.stored.device.type, needs_grad=_needs_grad()
+            self.stored.spec,
+            shape[0],
+            shape[1],
+            self.stored.dtype,
+            self.stored.device.type,
+            epilogue=() if bias is None else ("bias",),
+            needs_grad=_needs_grad(),
         )
         kernel = self.context.kernel(request)
         self.context.chosen.append((self.name, kernel))
         parts = list(self.stored.parts.values())
         with self.module.graph.inserting_before(user):
             nodes = self._parts(kernel.prepare(parts), kernel.target)
-            is_rotated = self.stored.surroundings.output_rotation is not None
-            bias = None if is_rotated else call.bias
-            made = self._call(kernel.call, (self._before(call.x), nodes, *kernel.arguments, bias))
+            operands = [] if bias is None else [bias]
+            made = self._call(kernel.call, kernel.arguments(self._before(call.x), nodes, operands))
             self._replace(user, self._after(made, call.bias if is_rotated else None))
 
     def _call(self, function: Any, arguments: tuple[Any, ...]) -> fx.Node:

@@ -13,11 +13,11 @@ def run(name, shape, dtype, rows=3, needs_grad=False):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     stored = quantize_weight(weight, METHODS.get("rtn")(), WeightSpec.parse(name))
-    request = KernelRequest(stored.spec, *shape, dtype, "cpu", needs_grad=needs_grad)
+    request = KernelRequest(stored.spec, *shape, dtype, "cpu", needs_grad=needs_grad, epilogue=("bias",))
     kernel = kernel_for(request)
     x = torch.randn(2, rows, shape[1], generator=generator).to(dtype)
     bias = torch.randn(shape[0], generator=generator).to(dtype)
-    got = kernel.call(x, list(kernel.prepare(list(stored.parts.values()))), *kernel.arguments, bias)
+    got = kernel(x, list(stored.parts.values()), [bias])
     exact = x.double() @ stored.dequantize().double().T + bias.double()
     return kernel, float((got.double() - exact).norm() / exact.norm()), got
 
