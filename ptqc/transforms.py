@@ -64,6 +64,10 @@ class Transform:
         """Whether it has the step `scale`, and so wants scale groups."""
         return type(self).scale is not Transform.scale
 
+    def refuses(self, members: Sequence[Member]) -> str | None:
+        """Why `scale` has nothing to do for any such group, told to the user once; None where it may have."""
+        return None
+
     def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
         """The scale s [channels] float32, positive: columns of the members are multiplied by it, their input divided.
 

@@ -92,7 +92,12 @@ class Stage:
             return None
         scale = None
         if group.kind != "refused" and all(entry.axis == self._input_axis(job) for job, entry in members):
-            scale = transform.scale([self._member(job, entry) for job, entry in members], group.channels)
+            seen = [self._member(job, entry) for job, entry in members]
+            reason = transform.refuses(seen)
+            if reason is None:
+                scale = transform.scale(seen, group.channels)
+            else:
+                self.report.note(f"{type(transform).__name__}: {reason}", members[0][0].name)
         if scale is None:
             self._note(group, transform, "left", None)
             return None
