@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 
 from ptqc.errors import PtqcError, SpecError
-from ptqc.methods import quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
 from ptqc.sites import Site, Skipped
-from ptqc.surroundings import Surroundings
 
 __all__ = ["assign", "needs_data", "nothing_to_do", "quantize_site"]
 
@@ -63,9 +61,4 @@ def nothing_to_do(skipped: Sequence[Skipped]) -> str:
 
 def quantize_site(site: Site, rule: Rule) -> QuantTensor:
     """The quantized weight of a site, from the weight alone; the model is not changed."""
-    assert rule.method is not None and rule.is_data_free
-    spec = fitted_spec(rule, site.stored_shape)
-    return quantize_weight(
-        site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed,
-        surroundings=Surroundings(act=rule.activation),
-    )  # fmt: skip
+    return rule.quantize(site.weight, name=site.name, is_transposed=site.is_transposed)

@@ -22,7 +22,7 @@ from ptqc.methods import quantize_weight
 from ptqc.passes.groups.check import folded
 from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import Surroundings, stored_matrix, stored_statistics
-from ptqc.transforms import Member, Transform
+from ptqc.transforms import Member, Transform, surround
 
 __all__ = ["Check", "Stage"]
 
@@ -218,16 +218,11 @@ class Stage:
         self.weights.store(job.name, stored)
 
     def _surrounded(self, job: Job) -> tuple[Surroundings, dict[str, Tensor]]:
-        """Run-time scales so far, and what the transforms add. Only one of them can."""
-        for transform in job.rule.transforms:
-            if type(transform).around is Transform.around:
-                continue
-            around, extras = transform.around(self._member(job))
-            own, mine = self._around.get(job.name, (Surroundings(), {}))
-            if own.input_rotation or own.output_rotation:
-                raise PtqcError(f'"{job.name}": two transforms rotate it; keep one of them')
-            self._around[job.name] = replace(around, input_scale=own.input_scale), mine | extras
-        return self._around.get(job.name, (Surroundings(), {}))
+        """Run-time scales so far, and what the transforms add."""
+        around, extras = surround(job.rule.transforms, self._member(job))
+        own, mine = self._around.get(job.name, (Surroundings(), {}))
+        self._around[job.name] = replace(around, input_scale=own.input_scale), mine | extras
+        return self._around[job.name]
 
     def _correct(self, job: Job, stored: QuantTensor) -> None:
         for transform in job.rule.transforms:
