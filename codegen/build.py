@@ -23,7 +23,7 @@ from ptqc import ops
 from ptqc.errors import PtqcError
 from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
 
-__all__ = ["kernel_for", "target_for"]
+__all__ = ["kernel_for", "refusals_of", "target_for"]
 
 log = logging.getLogger("ptqc")
 _LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
@@ -51,6 +51,11 @@ def target_for(request: KernelRequest) -> str | None:
     """Name of the target that would serve the request, or None: what decides whether a step is fused."""
     found, _ = _first(request)
     return None if found is None else found[0]
+
+
+def refusals_of(request: KernelRequest) -> tuple[tuple[str, str], ...]:
+    """The targets that are asked before the one that serves the request, each with its reason to refuse."""
+    return _first(request)[1]
 
 
 @cache

@@ -20,12 +20,11 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 
-from ptqc.codegen.build import kernel_for
+from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
-from ptqc.passes.lower.lower_linears import LowerLinears
-from ptqc.passes.lower.quantize_weights import QuantizeWeights
+from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, unlift
-from ptqc.pipeline import Context, Pipeline
+from ptqc.pipeline import Context
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
@@ -35,7 +34,7 @@ __all__ = ["kept_weights", "ptqc", "stored_weights"]
 log = logging.getLogger("ptqc")
 
 _RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
-_OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "inductor")
+_OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "exact", "inductor")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class _Options:
 
     selection: Selection | None = None
     free: bool = False
+    exact: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -51,7 +51,7 @@ class _Options:
         """Check what the user passed. Raises: PtqcError naming the options there are."""
         given = dict(options or {})
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
-        common = {"free": bool(given.get("free", False)), "inductor": given.get("inductor", {})}
+        common = {key: bool(given.get(key, False)) for key in ("free", "exact")} | {"inductor": given.get("inductor", {})}
         if "recipe" in given:
             recipe = load_recipe(given["recipe"])
         elif "method" in given:
@@ -93,9 +93,9 @@ def ptqc(
     _warn_of_break(gm, parsed)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
-    context = Context(kernel_for)
+    context = Context(kernel_for, target_for, refusals_of, parsed.exact)
     store = parsed.selection.store if parsed.selection else None
-    Pipeline([QuantizeWeights(graph.parameters, names, store), LowerLinears(names)]).run(graph.module, context)
+    lowering(graph.parameters, names, store).run(graph.module, context)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:
