@@ -51,7 +51,8 @@ class _Options:
         """Check what the user passed. Raises: PtqcError naming the options there are."""
         given = dict(options or {})
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
-        common = {key: bool(given.get(key, False)) for key in ("free", "exact")} | {"inductor": given.get("inductor", {})}
+        switches = {name: bool(given.get(name, False)) for name in ("free", "exact")}
+        common = switches | {"inductor": given.get("inductor", {})}
         if "recipe" in given:
             recipe = load_recipe(given["recipe"])
         elif "method" in given:

@@ -52,8 +52,9 @@ class KernelRequest:
         """Spec, shape, dtype and the chain: int4g32 [96, 64] bfloat16 cpu: rms_norm:1e-06 > product > bias > silu."""
         act = () if self.act.dtype is None else (str(self.act),)
         chain = " > ".join((*self.prologue, *act, "product", *self.epilogue))
-        flags = "".join(f" {name}" for name in ("needs_grad", "exact") if getattr(self, name))
-        return f"{self.spec} [{self.n}, {self.k}] {str(self.dtype).removeprefix('torch.')} {self.device}{flags}: {chain}"
+        flags = [name for name in ("needs_grad", "exact") if getattr(self, name)]
+        where = " ".join([str(self.dtype).removeprefix("torch."), self.device, *flags])
+        return f"{self.spec} [{self.n}, {self.k}] {where}: {chain}"
 
     @property
     def operands(self) -> tuple[str, ...]:

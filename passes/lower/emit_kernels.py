@@ -45,7 +45,7 @@ def _emit(module: fx.GraphModule, node: fx.Node, kernel: Kernel, site: Site) -> 
     with module.graph.inserting_before(node):
         parts = []
         for index, part in enumerate(_prepared(kernel, site)):
-            name = f"{node.name.replace('.', '_')}_{kernel.target}_{index}"
+            name = f"{node.name}_{kernel.target}_{index}"
             module.register_buffer(name, part)
             parts.append(module.graph.get_attr(name))
         made = module.graph.call_function(kernel.call, kernel.arguments(x_of(node), parts, operands_of(node)))

@@ -90,7 +90,7 @@ class _Chain:
 
     def _replace(self, last: fx.Node) -> None:
         """Put the site in the place of the last step it has taken in, and erase the steps."""
-        taken, waiting = {last}, [user for user in self.site.users]
+        taken, waiting = {last}, list(self.site.users)
         while waiting:
             node = waiting.pop()
             if node not in taken:

@@ -3,7 +3,7 @@
 x is the input of a site, and is
 
 1. index_select(u, -1, o)           -> order
-2. u * s with a vector [features]   -> scale
+2. u * s with a vector [features]   -> scale    (but for the gain of a norm, which goes with the norm or stays)
 3. an RMS norm of u (`ptqc.passes.lower.rms_norm`), if this site alone reads it and every value on the way -> rms_norm
 4. dropout outside training, a cast to its own dtype, contiguous                                           -> nothing
 Steps are taken one by one, from the product upwards, as long as the target that serves the product serves the longer
@@ -75,9 +75,7 @@ class _Chain:
         found = next((step for read in _READERS if (step := read(self, x, request)) is not None), None)
         if found is None or found.u in self.unsafe or value_of(found.u).dtype != request.dtype:
             return False
-        if found.request is not request and not accepts(
-            self.context, self.site, request, found.request, found.step
-        ):
+        if found.request is not request and not accepts(self.context, self.site, request, found.request, found.step):
             return False
         operands = operands_of(self.site)
         operands = operands if found.operand is None else [found.operand, *operands]
@@ -98,7 +96,7 @@ class _Chain:
         return _Before(u, _preceded(request, "order"), "order", order) if is_whole else None
 
     def _scale(self, x: fx.Node, request: KernelRequest) -> _Before | None:
-        if function_name(x) not in ("mul", "__mul__") or len(x.args) != 2 or x.kwargs:
+        if function_name(x) not in ("mul", "__mul__") or len(x.args) != 2 or x.kwargs or rms_norm_of(x) is not None:
             return None
         for u, scale in (x.args, x.args[::-1]):
             if not isinstance(u, fx.Node) or not isinstance(scale, fx.Node) or scale.op != "get_attr":
@@ -123,7 +121,7 @@ class _Chain:
         return _Before(u, request, "nothing") if isinstance(u, fx.Node) and is_nothing(x, u) else None
 
     def _gain(self, gain: Gain, request: KernelRequest) -> fx.Node | None:
-        """The node of a gain: the parameter itself, else a vector made of it if the request's dtype holds it exactly."""
+        """The node of a gain: the parameter itself, or a vector made of it if the dtype of the request holds it."""
         held = None if gain.parameter is None else getattr(self.module, str(gain.parameter.target)).detach()
         if held is not None and held.shape != (request.k,):
             return None

@@ -1,7 +1,7 @@
 """Which values of a graph are written in place.
 
-Dynamo's graphs are not functional: a method may end in an underscore, `+=` may stay `iadd`, and a value may be a view of
-another. Passes that read a value later or earlier than the graph says leave those alone that anything writes.
+Dynamo's graphs are not functional: a method may end in an underscore, `+=` may stay `iadd`, and a value may be a view
+of another. Passes that read a value later or earlier than the graph says leave those alone that anything writes.
 """
 
 import torch
@@ -15,11 +15,11 @@ _OPERATORS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"}
 )
 _SHARING = frozenset(
-    {"view", "reshape", "transpose", "permute", "t", "T", "mT", "getitem", "expand", "expand_as", "squeeze", "unsqueeze",
-     "flatten", "unflatten", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split",
-     "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as", "detach", "alias", "view_as",
-     "reshape_as", "movedim", "moveaxis", "swapaxes", "swapdims", "slice", "diagonal", "unfold", "dropout", "real",
-     "imag", "view_as_real", "view_as_complex", "as_strided", "ravel", "getattr", "positive", "broadcast_to"}
+    {"view", "reshape", "transpose", "permute", "t", "T", "mT", "getitem", "expand", "expand_as", "squeeze",
+     "unsqueeze", "flatten", "unflatten", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind",
+     "tensor_split", "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as", "detach", "alias",
+     "view_as", "reshape_as", "movedim", "moveaxis", "swapaxes", "swapdims", "slice", "diagonal", "unfold", "dropout",
+     "real", "imag", "view_as_real", "view_as_complex", "as_strided", "ravel", "getattr", "positive", "broadcast_to"}
 )  # fmt: skip
 """Functions whose result may share the memory of their first argument."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ptqc import ops
 from ptqc.passes.lower.in_place import written
-from ptqc.passes.lower.site import Product
+from ptqc.passes.lower.site import product_node
 from ptqc.pipeline import Context, Pass, Site
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import KernelRequest
@@ -172,7 +172,8 @@ class _Weight:
         )
         x = self._before(call.x, user)
         with self.module.graph.inserting_before(user):
-            made = self._call(Product(request), (x, [self._parts()], [] if bias is None else [bias]))
+            operands = [] if bias is None else [bias]
+            made = product_node(self.module.graph, request, x, [self._parts()], operands)
             made.meta = dict(user.meta)
             self.context.sites[made] = Site((self.name,), (self.stored,))
             self._replace(user, self._after(made, call.bias if is_rotated else None))

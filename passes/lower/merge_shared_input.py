@@ -24,7 +24,7 @@ from ptqc import storage
 from ptqc.fusions import takes_operand
 from ptqc.passes.lower.epilogue_steps import activation_of, following
 from ptqc.passes.lower.in_place import is_in_place, written
-from ptqc.passes.lower.site import Product, is_movable, operands_of, request_of, x_of
+from ptqc.passes.lower.site import is_movable, operands_of, product_node, request_of, x_of
 from ptqc.pipeline import Context, Pass, Site
 from ptqc.program import value_of
 from ptqc.requests import KernelRequest
@@ -110,8 +110,10 @@ def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node]) -> in
     with module.graph.inserting_before(min(sites)):
         shared = operands_of(sites[0])[: len(operands_of(sites[0])) - bool(requests[0].epilogue)]
         bias = [_bias(module, sites)] if has_bias else []
-        parts = [stored for site in sites for stored in site.args[1]]  # type: ignore[union-attr]
-        made = module.graph.call_function(Product(merged), (x_of(sites[0]), parts, [*shared, *bias]))
+        parts: list[list[fx.Node]] = [stored for site in sites for stored in site.args[1]]  # type: ignore
+        for part in (part for stored in parts for part in stored):
+            min(sites).prepend(part)
+        made = product_node(module.graph, merged, x_of(sites[0]), parts, [*shared, *bias])
         x = value_of(sites[0])
         made.meta = sites[0].meta | {"example_value": x.new_empty((*x.shape[:-1], sum(outs)))}
         start = 0
@@ -133,7 +135,7 @@ def _refusal(context: Context, sites: Sequence[fx.Node], merged: KernelRequest) 
     reason = storage.concat_refusal(merged.spec, [request.n for request in requests], merged.k)
     if reason is not None:
         return reason
-    if any(request.epilogue and operands_of(site)[-1].op != "get_attr" for site, request in zip(sites, requests)):
+    if any(request_of(site).epilogue and operands_of(site)[-1].op != "get_attr" for site in sites):
         return "a bias is computed in the graph"
     if any(map(_is_written_through, sites)):
         return "a result is written in place"

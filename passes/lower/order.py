@@ -19,7 +19,10 @@ __all__ = ["lowering"]
 def lowering(
     parameters: Mapping[fx.Node, nn.Parameter], names: Mapping[fx.Node, str], store: Store | None = None
 ) -> Pipeline:
-    """From an unlifted graph to one that calls kernels. parameters, names: from `unlift`; store: see QuantizeWeights."""
+    """From an unlifted graph to one that calls kernels.
+
+    parameters, names: from `unlift`. store: see `QuantizeWeights`.
+    """
     return Pipeline(
         [
             QuantizeWeights(parameters, names, store),

@@ -92,7 +92,7 @@ def _normed(node: fx.Node) -> tuple[fx.Node, float] | None:
     if len(arguments) != 2 or not all(isinstance(argument, fx.Node) for argument in arguments):
         return None
     pairs = {"truediv": [arguments], "div": [arguments], "__truediv__": [arguments]}
-    pairs |= dict.fromkeys(_PRODUCTS, [arguments, arguments[::-1]])
+    pairs |= {product: [arguments, arguments[::-1]] for product in _PRODUCTS}
     root = "rsqrt" if name in _PRODUCTS else "sqrt"
     for h, factor in pairs.get(name, []):
         assert isinstance(h, fx.Node) and isinstance(factor, fx.Node)

@@ -21,7 +21,9 @@ from ptqc.passes.lower.in_place import is_in_place
 from ptqc.pipeline import Context
 from ptqc.requests import KernelRequest
 
-__all__ = ["Product", "accepts", "erase_unused", "is_movable", "operands_of", "request_of", "rewrite", "x_of"]
+__all__ = [
+    "Product", "accepts", "erase_unused", "is_movable", "operands_of", "product_node", "request_of", "rewrite", "x_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Product:
     @property
     def __name__(self) -> str:
         return str(self.request)
+
+
+def product_node(
+    graph: fx.Graph,
+    request: KernelRequest,
+    x: fx.Node,
+    parts: Sequence[Sequence[fx.Node]],
+    operands: Sequence[fx.Node],
+) -> fx.Node:
+    """A new site where the graph is being written."""
+    arguments = (x, [list(stored) for stored in parts], list(operands))
+    return graph.create_node("call_function", Product(request), arguments, name="product")
 
 
 def request_of(site: fx.Node) -> KernelRequest:

@@ -1,4 +1,4 @@
-"""A target for tests that serves every request and every fusion, by dequantizing and by the references of the fusions."""
+"""A target for tests that serves every request with every fusion, by dequantizing and by their references."""
 
 from contextlib import contextmanager
 

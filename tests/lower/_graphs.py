@@ -31,7 +31,7 @@ class Lowered:
         return [chosen.request for _, chosen in self.context.chosen]
 
 
-def lower(model, *inputs, store=None, exact=False, dynamic=None, is_checked=True):
+def lower(model, *inputs, store=None, exact=False, dynamic=None, is_checked=True, needs_grad=False):
     """Lower `model` on `inputs`, pass by pass; every graph on the way is run and must agree with the first."""
     result = Lowered()
 
@@ -51,7 +51,7 @@ def lower(model, *inputs, store=None, exact=False, dynamic=None, is_checked=True
         return lambda *arguments: graph.module(*[arguments[i] for i in graph.kept])
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.set_grad_enabled(needs_grad):
         result.output = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
     return result
 
