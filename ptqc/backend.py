@@ -23,7 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
 from ptqc.passes.lower.order import lowering
-from ptqc.passes.lower.unlift import Unlifted, unlift
+from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
@@ -101,6 +101,7 @@ def ptqc(
         note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:
         _free(graph, context)
+    tell_static_inputs(graph.module)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
     compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
     return _Compiled(gm, graph, compiled, options, mode)

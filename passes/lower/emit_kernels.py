@@ -31,23 +31,26 @@ class EmitKernels(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many kernels were put into the graph."""
+        held = {tensor: name for name, tensor in module.named_buffers()}
         for node in sorted(context.sites):
             site = context.sites[node]
             kernel = context.kernel(request_of(node))
             context.chosen.append((site, ChosenKernel(site.names, request_of(node), kernel, tuple(site.left))))
-            _emit(module, node, kernel, site)
+            _emit(module, node, kernel, site, held)
         _forget_unread(module)
         context.sites.clear()
         return len(context.chosen)
 
 
-def _emit(module: fx.GraphModule, node: fx.Node, kernel: Kernel, site: Site) -> None:
+def _emit(module: fx.GraphModule, node: fx.Node, kernel: Kernel, site: Site, held: dict[Tensor, str]) -> None:
+    """held: the attribute of each tensor of the module; one tensor must not have two."""
     with module.graph.inserting_before(node):
         parts = []
         for index, part in enumerate(_prepared(kernel, site)):
-            name = f"{node.name}_{kernel.target}_{index}"
-            module.register_buffer(name, part)
-            parts.append(module.graph.get_attr(name))
+            if part not in held:
+                held[part] = f"{node.name}_{kernel.target}_{index}"
+                module.register_buffer(held[part], part)
+            parts.append(module.graph.get_attr(held[part]))
         made = module.graph.call_function(kernel.call, kernel.arguments(x_of(node), parts, operands_of(node)))
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)

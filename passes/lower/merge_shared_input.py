@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from ptqc import storage
 from ptqc.fusions import takes_operand
 from ptqc.passes.lower.epilogue_steps import activation_of, following
-from ptqc.passes.lower.in_place import is_in_place, written
+from ptqc.passes.lower.in_place import written
 from ptqc.passes.lower.site import is_movable, operands_of, product_node, request_of, x_of
 from ptqc.pipeline import Context, Pass, Site
 from ptqc.program import value_of
@@ -57,7 +57,7 @@ class MergeSharedInput(Pass):
                 before = operands_of(site)[: sum(map(takes_operand, request.prologue)) + request.act.is_static]
                 groups.setdefault((x_of(site), alike, tuple(before)), []).append(site)
         merged = [run for sites in groups.values() for run in _runs(context, sites)]
-        return sum(_merge(module, context, sites) for sites in merged)
+        return sum(_merge(module, context, sites, unsafe) for sites in merged)
 
 
 def _runs(context: Context, sites: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -95,12 +95,12 @@ def _grows(context: Context, site: fx.Node) -> bool:
     return context.target(replace(request, epilogue=(*request.epilogue, step.fusion))) == context.target(request)
 
 
-def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node]) -> int:
+def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node], unsafe: frozenset[fx.Node]) -> int:
     requests = [request_of(site) for site in sites]
     outs = [request.n for request in requests]
     has_bias = any(request.epilogue for request in requests)
     merged = replace(requests[0], n=sum(outs), epilogue=("bias",) if has_bias else ())
-    reason = _refusal(context, sites, merged)
+    reason = _refusal(context, sites, merged, unsafe)
     if reason is not None:
         for site in sites:
             context.sites[site].left.append(f"merging ({reason})")
@@ -129,7 +129,9 @@ def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node]) -> in
     return len(sites)
 
 
-def _refusal(context: Context, sites: Sequence[fx.Node], merged: KernelRequest) -> str | None:
+def _refusal(
+    context: Context, sites: Sequence[fx.Node], merged: KernelRequest, unsafe: frozenset[fx.Node]
+) -> str | None:
     """None if the sites may become one, else why not."""
     requests = [request_of(site) for site in sites]
     reason = storage.concat_refusal(merged.spec, [request.n for request in requests], merged.k)
@@ -137,8 +139,8 @@ def _refusal(context: Context, sites: Sequence[fx.Node], merged: KernelRequest) 
         return reason
     if any(request_of(site).epilogue and operands_of(site)[-1].op != "get_attr" for site in sites):
         return "a bias is computed in the graph"
-    if any(map(_is_written_through, sites)):
-        return "a result is written in place"
+    if any(site in unsafe and any(map(_is_view, _views_of(site))) for site in sites):
+        return "a view of a result is written in place"
     targets = {context.target(request) for request in requests}
     return None if targets == {context.target(merged)} else "the merged product would go to another target"
 
@@ -168,12 +170,13 @@ def _views_of(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _is_written_through(site: fx.Node) -> bool:
-    return any(map(is_in_place, _views_of(site)))
+def _is_view(node: fx.Node) -> bool:
+    """True for a method that promises to share memory, and fails where it cannot."""
+    return node.op == "call_method" and node.target in _VIEWS and not isinstance(node.args[1], torch.dtype)
 
 
 def _loosen(piece: fx.Node) -> None:
     """Views of a slice: the same numbers, copied where the slice cannot be viewed so."""
     for user in _views_of(piece):
-        if user.op == "call_method" and user.target in _VIEWS and not isinstance(user.args[1], torch.dtype):
+        if _is_view(user):
             user.target = _VIEWS[str(user.target)]

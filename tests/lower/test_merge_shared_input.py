@@ -183,6 +183,18 @@ def test_every_kind_of_parts(name):
     torch.testing.assert_close(done.output, model(normal(2, 256)), rtol=1e-4, atol=1e-4)
 
 
+def test_a_result_that_is_copied_into_a_cache():
+    def cached(net, x, cache):
+        k, v = net.a(x).view(2, 3, 4, 16), net.b(x).view(2, 3, 2, 16)
+        cache[:, :, :2].copy_(v)
+        return k, cache
+
+    model = Net(cached, a=linear(64, 64), b=linear(64, 32, seed=3))
+    done = lower(model, X, torch.zeros(2, 3, 4, 16))
+    assert [request.n for request in done.requests] == [96]
+    torch.testing.assert_close(done.output, model(X, torch.zeros(2, 3, 4, 16)), rtol=1e-5, atol=1e-5)
+
+
 def test_views_of_a_slice():
     def views(net, x):
         return net.a(x).view(-1), net.b(x).view(2, -1), net.b(x).transpose(0, 1).reshape(-1).view(torch.int32)
