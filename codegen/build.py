@@ -69,7 +69,7 @@ def kernel_for(request: KernelRequest) -> Kernel:
         reasons = "; ".join(f"{target}: {reason}" for target, reason in refusals)
         raise PtqcError(f"no target has a kernel for {request}: {reasons}")
     name, emitter = found
-    log.info("%s [%d, %d] %s: %s", request.spec, request.n, request.k, request.dtype, name)
+    log.info("%s: %s", request, name)
     return _load(name, emitter.emit(request), request, refusals)
 
 

@@ -5,9 +5,10 @@ of a float model first, inside the backend, once per parameter, whatever the num
 of the graph goes to Inductor.
 
 Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float
-weights (the model then only runs compiled); `inductor`: settings for Inductor; anything else is an option of the
-method.
+weights (the model then only runs compiled); `exact`: kernels must not quantize activations on their own account;
+`inductor`: settings for Inductor; anything else is an option of the method.
 Changing a parameter after compilation is not seen, as with Inductor's freezing.
+`kernel_table(model)` says which kernel serves which weight, and why; PTQC_LOGS=kernels prints it while compiling.
 """
 
 import logging
@@ -22,6 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
+from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
 from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
@@ -29,9 +31,10 @@ from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
 
-__all__ = ["kept_weights", "ptqc", "stored_weights"]
+__all__ = ["chosen_kernels", "kept_weights", "kernel_table", "ptqc", "stored_weights"]
 
 log = logging.getLogger("ptqc")
+log_as_asked()
 
 _RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
 _OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "exact", "inductor")
@@ -97,6 +100,7 @@ def ptqc(
     context = Context(kernel_for, target_for, refusals_of, parsed.exact)
     store = parsed.selection.store if parsed.selection else None
     lowering(graph.parameters, names, store).run(graph.module, context)
+    note_kernels(context.chosen)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:

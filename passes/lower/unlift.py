@@ -67,9 +67,9 @@ def unlift(module: fx.GraphModule, inputs: Sequence[object]) -> Unlifted:
 def tell_static_inputs(module: fx.GraphModule) -> None:
     """Let Inductor know which inputs keep their address, so that CUDA graphs need not copy them on every call.
 
-    AOTAutograd reads this from the placeholders of a graph whose attributes all have a source; weights keep theirs, what
-    lowering has made gets one. A graph without such inputs, or not from dynamo, is left as it is: its attributes are
-    static anyway.
+    AOTAutograd reads this from the placeholders of a graph whose attributes all have a source; weights keep theirs,
+    what lowering has made gets one. A graph without such inputs, or not from dynamo, is left as it is: its attributes
+    are static anyway.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     is_static = ["_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {}) for node in inputs]

@@ -57,7 +57,9 @@ def lower(model, *inputs, store=None, exact=False, dynamic=None, is_checked=True
 
 
 def _readable(text):
-    """Without attributes (they are named after positions)."""
+    """Without lines for attributes, and with short names."""
+    for long, short in ((r"\bL_inputs_(\d+)_", r"x\1"), (r"\bL_self_buffers_(\w+)_", r"\1"), (" float32 cpu", "")):
+        text = re.sub(long, short, text)
     names = dict(re.findall(r"^(v\d+) = (self\.\w+)$", text, re.M))
     lines = [line for line in text.splitlines() if " = self." not in line]
     return "\n".join(re.sub(r"\bv\d+\b", lambda found: _short(names.get(found[0], found[0])), line) for line in lines)

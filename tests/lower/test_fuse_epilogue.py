@@ -93,22 +93,28 @@ def test_before_and_after():
         linear=linear(64, 96, bias=True), v=normal(96, seed=5),
     )  # fmt: skip
     done = lower(model, X, normal(2, 3, 96, seed=4))
-    assert_expected_inline(done.texts["fuse-prologue"], """\
-L_inputs_0_ = input
-L_self_buffers_v_ = input
-L_inputs_1_ = input
-v3 = int4g32 [96, 64] float32 cpu: product > bias(L_inputs_0_, [[parts_0, parts_1]], [weight_1])
+    assert_expected_inline(
+        done.texts["fuse-prologue"],
+        """\
+x0 = input
+v = input
+x1 = input
+v3 = int4g32 [96, 64]: product > bias(x0, [[parts_0, parts_1]], [weight_1])
 v4 = silu(v3)
-v5 = mul(v4, L_self_buffers_v_)
+v5 = mul(v4, v)
 v6 = dropout(v5, 0.2, False)
-v7 = add(L_inputs_1_, v6)
-return (v7,)""")
-    assert_expected_inline(done.texts["fuse-epilogue"], """\
-L_inputs_0_ = input
-L_self_buffers_v_ = input
-L_inputs_1_ = input
-v3 = int4g32 [96, 64] float32 cpu: product > bias > silu > scale > add(L_inputs_0_, [[parts_0, parts_1]], [weight_1, L_self_buffers_v_, L_inputs_1_])
-return (v3,)""")
+v7 = add(x1, v6)
+return (v7,)""",
+    )
+    assert_expected_inline(
+        done.texts["fuse-epilogue"],
+        """\
+x0 = input
+v = input
+x1 = input
+v3 = int4g32 [96, 64]: product > bias > silu > scale > add(x0, [[parts_0, parts_1]], [weight_1, v, x1])
+return (v3,)""",
+    )
 
 
 def test_a_float32_island_is_fused_whole_or_not_at_all():
@@ -150,9 +156,7 @@ def test_sizes_that_are_not_known_yet():
 
 
 def test_a_product_that_multiplies_another_takes_it_as_operand():
-    model = Net(
-        lambda net, x, z: functional.silu(net.a(x)) * net.b(z), a=linear(64, 96), b=linear(64, 96, seed=3)
-    )
+    model = Net(lambda net, x, z: functional.silu(net.a(x)) * net.b(z), a=linear(64, 96), b=linear(64, 96, seed=3))
     done = lower(model, X, normal(2, 3, 64, seed=4))
     assert sorted(request.epilogue for request in done.requests) == [(), ("silu", "mul")]
     torch.testing.assert_close(done.output, model(X, normal(2, 3, 64, seed=4)), rtol=1e-5, atol=1e-5)

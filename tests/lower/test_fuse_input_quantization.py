@@ -36,17 +36,23 @@ def test_every_act(everything, kind, act, operands):  # noqa: F811
 
 def test_before_and_after(everything):  # noqa: F811
     done = lower(net("static"), X)
-    assert_expected_inline(done.texts["lower-linears"], """\
-L_inputs_0_ = input
-v1 = ptqc.fake_quantize.default(L_inputs_0_, 'int8-tensor-static', around_0)
-v4 = int8g32 [96, 64] float32 cpu: product(v1, [[parts_0, parts_1]], [])
+    assert_expected_inline(
+        done.texts["lower-linears"],
+        """\
+x0 = input
+v1 = ptqc.fake_quantize.default(x0, 'int8-tensor-static', around_0)
+v4 = int8g32 [96, 64]: product(v1, [[parts_0, parts_1]], [])
 v5 = silu(v4)
-return (v5,)""")
-    assert_expected_inline(done.texts["fuse-input-quantization"], """\
-L_inputs_0_ = input
-v3 = int8g32 [96, 64] float32 cpu: int8-tensor-static > product(L_inputs_0_, [[parts_0, parts_1]], [around_0])
+return (v5,)""",
+    )
+    assert_expected_inline(
+        done.texts["fuse-input-quantization"],
+        """\
+x0 = input
+v3 = int8g32 [96, 64]: int8-tensor-static > product(x0, [[parts_0, parts_1]], [around_0])
 v4 = silu(v3)
-return (v4,)""")
+return (v4,)""",
+    )
 
 
 class Integers(Everything):

@@ -72,13 +72,13 @@ def test_norms(case):
 
 
 def test_before_and_after():
-    model = Net(
-        lambda net, x: functional.linear(llama(x, net.gain), net.weight), gain=GAIN, weight=weights("scale")[0]
-    )
+    model = Net(lambda net, x: functional.linear(llama(x, net.gain), net.weight), gain=GAIN, weight=weights("scale")[0])
     done = lower(model, X)
-    assert_expected_inline(done.texts["merge-shared-input"], """\
-L_inputs_0_ = input
-v1 = L_inputs_0_.to(torch.float32)
+    assert_expected_inline(
+        done.texts["merge-shared-input"],
+        """\
+x0 = input
+v1 = x0.to(torch.float32)
 v2 = v1.pow(2)
 v3 = v2.mean(-1, keepdim=True)
 v4 = add(v3, 1e-05)
@@ -87,12 +87,16 @@ v6 = mul(v1, v5)
 v7 = v6.to(torch.float32)
 v8 = mul(weight_0, v7)
 v10 = mul(v8, around_0)
-v13 = int8g32 [96, 64] float32 cpu: product(v10, [[parts_0, parts_1]], [])
-return (v13,)""")
-    assert_expected_inline(done.texts["fuse-prologue"], """\
-L_inputs_0_ = input
-v4 = int8g32 [96, 64] float32 cpu: rms_norm:1e-05 > scale > product(L_inputs_0_, [[parts_0, parts_1]], [weight_0, around_0])
-return (v4,)""")
+v13 = int8g32 [96, 64]: product(v10, [[parts_0, parts_1]], [])
+return (v13,)""",
+    )
+    assert_expected_inline(
+        done.texts["fuse-prologue"],
+        """\
+x0 = input
+v4 = int8g32 [96, 64]: rms_norm:1e-05 > scale > product(x0, [[parts_0, parts_1]], [weight_0, around_0])
+return (v4,)""",
+    )
 
 
 def test_a_norm_that_all_products_share_is_fused_once_they_are_one():
@@ -142,9 +146,7 @@ def test_a_gain_that_the_dtype_cannot_hold_is_left():
 
 def test_a_target_that_refuses_a_step_keeps_those_below(everything):  # noqa: F811
     everything.refused = ("rms_norm",)
-    model = Net(
-        lambda net, x: functional.linear(llama(x, net.gain), net.weight), gain=GAIN, weight=weights("scale")[0]
-    )
+    model = Net(lambda net, x: functional.linear(llama(x, net.gain), net.weight), gain=GAIN, weight=weights("scale")[0])
     done = lower(model, X)
     assert [request.prologue for request in done.requests] == [("scale",)]
     assert "rms_norm:1e-05 (everything: no rms_norm)" in str(done.context.chosen[0][1])

@@ -29,21 +29,26 @@ def test_query_key_value():
     assert outs(done) == [(128, ())]
     assert done.counts["merge-shared-input"] == 3
     torch.testing.assert_close(done.output, model(X), rtol=1e-5, atol=1e-5)
-    assert_expected_inline(done.texts["fuse-input-quantization"], """\
-L_inputs_0_ = input
-v2 = int4g32 [64, 64] float32 cpu: product(L_inputs_0_, [[parts_0, parts_1]], [])
+    assert_expected_inline(
+        done.texts["fuse-input-quantization"],
+        """\
+x0 = input
+v2 = int4g32 [64, 64]: product(x0, [[parts_0, parts_1]], [])
 v3 = v2.view(2, 3, -1, 16)
 v4 = v3.transpose(1, 2)
-v7 = int4g32 [32, 64] float32 cpu: product(L_inputs_0_, [[parts_0, parts_1]], [])
+v7 = int4g32 [32, 64]: product(x0, [[parts_0, parts_1]], [])
 v8 = v7.view(2, 3, -1, 16)
 v9 = v8.transpose(1, 2)
-v12 = int4g32 [32, 64] float32 cpu: product(L_inputs_0_, [[parts_0, parts_1]], [])
+v12 = int4g32 [32, 64]: product(x0, [[parts_0, parts_1]], [])
 v13 = v12.view(2, 3, -1, 16)
 v14 = v13.transpose(1, 2)
-return (v4, v9, v14)""")
-    assert_expected_inline(done.texts["merge-shared-input"], """\
-L_inputs_0_ = input
-v6 = int4g32 [128, 64] float32 cpu: product(L_inputs_0_, [[parts_0, parts_1], [parts_0, parts_1], [parts_0, parts_1]], [])
+return (v4, v9, v14)""",
+    )
+    assert_expected_inline(
+        done.texts["merge-shared-input"],
+        """\
+x0 = input
+v6 = int4g32 [128, 64]: product(x0, [[parts_0, parts_1], [parts_0, parts_1], [parts_0, parts_1]], [])
 v7 = getitem(v6, (Ellipsis, 0:64:))
 v8 = getitem(v6, (Ellipsis, 64:96:))
 v9 = getitem(v6, (Ellipsis, 96:128:))
@@ -53,7 +58,8 @@ v12 = v8.reshape(2, 3, -1, 16)
 v13 = v12.transpose(1, 2)
 v14 = v9.reshape(2, 3, -1, 16)
 v15 = v14.transpose(1, 2)
-return (v11, v13, v15)""")
+return (v11, v13, v15)""",
+    )
 
 
 def test_biases_are_merged_with_zeros_for_those_that_have_none():
