@@ -60,7 +60,7 @@ def measure(case, tokens):
 def in_process(name, tokens, threads):
     """Measure one case in a process with caches of its own."""
     with tempfile.TemporaryDirectory(prefix="ptqc-") as caches:
-        fresh = {name: caches for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PTQC_CACHE")}
+        fresh = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PTQC_CACHE"), caches)
         environment = os.environ | fresh | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         words = [sys.executable, "-m", "benchmarks.compile_time", "--case", name, "--tokens", str(tokens)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)

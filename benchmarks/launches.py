@@ -2,10 +2,10 @@
 
     python -m benchmarks.launches [--spec int4g64] [--dtype bfloat16] [--layers 2 4] [--json FILE]
 
-Counted in the code that Inductor writes for a decode step with a static KV cache: calls of its own kernels, of ours, and
-of others (attention). What a layer costs is the difference of two models that differ in their number of layers. On a CPU
-Inductor puts neighbouring loops into one function, which CUDA would launch one by one: `loops` counts them apart (an
-upper bound, since a concatenation is one loop for each piece on a CPU).
+Counted in the code that Inductor writes for a decode step with a static KV cache: calls of its own kernels, of ours,
+and of others (attention). What a layer costs is the difference of two models that differ in their number of layers. On
+a CPU Inductor puts neighbouring loops into one function, which CUDA would launch one by one: `loops` counts them apart
+(an upper bound, since a concatenation is one loop for each piece on a CPU).
 """
 
 import argparse
@@ -89,7 +89,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [
-        {"spec": spec, "dtype": arguments.dtype} | per_layer(*arguments.layers, spec=spec, dtype=getattr(torch, arguments.dtype))
+        {"spec": spec, "dtype": arguments.dtype}
+        | per_layer(*arguments.layers, spec=spec, dtype=getattr(torch, arguments.dtype))
         for spec in arguments.spec
     ]
     table = Table(*rows[0], title="launches per decoder layer, one token")

@@ -1,4 +1,4 @@
-"""Generating with a static KV cache: the tokens of eager execution, few graphs, few kernels, and a cache in its place."""
+"""Generating with a static KV cache: the tokens of eager execution, few graphs, few kernels, a cache in its place."""
 
 import pytest
 import torch
