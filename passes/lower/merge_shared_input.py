@@ -15,7 +15,7 @@ the graph; where the shared value is written in place; for more than 8 weights; 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -118,7 +118,8 @@ def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node], unsaf
         made.meta = sites[0].meta | {"example_value": x.new_empty((*x.shape[:-1], sum(outs)))}
         start = 0
         for site, out in zip(sites, outs, strict=True):
-            piece = module.graph.call_function(getitem, (made, (Ellipsis, slice(start, start + out))))
+            cut: Any = (Ellipsis, slice(start, start + out))
+            piece = module.graph.call_function(getitem, (made, cut))
             piece.meta, start = dict(site.meta), start + out
             site.replace_all_uses_with(piece)
             _loosen(piece)
