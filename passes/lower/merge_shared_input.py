@@ -8,8 +8,9 @@ The results are slices of the merged one; views of them that need not be views a
 result goes into a step that the kernel takes in (an activation, a residual) are left alone, since a slice cannot be
 fused.
 It does not fire where the reference serves the product, which would save nothing; where the parts cannot be stored as
-one (`storage.concat_spec`: scales that rows share); where a bias is computed in
-the graph; where the shared value is written in place; for more than 8 weights; and in training.
+one (`storage.concat_spec`: scales that rows share); where a bias is computed in the graph; where the shared value is
+written in place; upstream of as_strided, which holds the strides of the values that dynamo saw; for more than 8
+weights; and in training.
 """
 
 from collections.abc import Sequence
@@ -48,16 +49,26 @@ class MergeSharedInput(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many sites became part of another."""
-        unsafe = written(module.graph)
+        unsafe, bound = written(module.graph), _upstream_of_strides(module.graph)
         groups: dict[tuple[fx.Node, KernelRequest, tuple[fx.Node, ...]], list[fx.Node]] = {}
         for site in context.sites:
             request = request_of(site)
-            if is_movable(site, unsafe) and context.target(request) not in (None, "reference"):
+            is_free = is_movable(site, unsafe) and site not in bound
+            if is_free and context.target(request) not in (None, "reference"):
                 alike = replace(request, n=0, epilogue=())
                 before = operands_of(site)[: sum(map(takes_operand, request.prologue)) + request.act.is_static]
                 groups.setdefault((x_of(site), alike, tuple(before)), []).append(site)
         merged = [run for sites in groups.values() for run in _runs(context, sites)]
         return sum(_merge(module, context, sites, unsafe) for sites in merged)
+
+
+def _upstream_of_strides(graph: fx.Graph) -> set[fx.Node]:
+    """Everything that a node with strides among its arguments depends on."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in found or function_name(node) == "as_strided":
+            found.update(node.all_input_nodes)
+    return found
 
 
 def _runs(context: Context, sites: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -117,7 +117,13 @@ def written_result(net, x):
     return a, net.b(x)
 
 
+def strided(net, x):
+    a = net.a(x) * 2
+    return a.as_strided((2, 3, 4), a.stride()), net.b(x)
+
+
 LEFT = {
+    "strides that dynamo saw": (strided, {}, None),
     "another spec": (both, {"b": linear(64, 64, name="int8g32")}, None),
     "another input": (lambda net, x: (net.a(x), net.b(x + 1)), {}, None),
     "one scale for all": (both, {"a": linear(64, 64, name="int8t"), "b": linear(64, 64, name="int8t")}, "one scale"),
