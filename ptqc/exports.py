@@ -18,7 +18,7 @@ from ptqc.folders.origins import of_folder, of_model
 
 __all__ = ["export", "formats", "is_folder"]
 
-_FOLDER_OPTIONS = ("is_fused", "max_shard_bytes", "overwrite")
+_FOLDER_OPTIONS = ("is_fused", "max_shard_bytes", "on_progress", "overwrite")
 _OF_READERS = ("bits", "acts", "threshold")
 """Fields of dialects that say what a folder has which is read."""
 
@@ -53,7 +53,8 @@ def export(
     model: a module, or a model folder; a folder is read one tensor at a time where the format is a folder too.
     format: a name that `formats()` lists. quant: how the format should store the weights: a type of a gguf file; for
     folders "nearest" or a spec, see `ptqc.folders.exporting.export_folder`. tokenizer: a tokenizer, or its folder,
-    where the format holds one. options: of the format; folders also take overwrite, max_shard_bytes and is_fused.
+    where the format holds one. options: of the format; folders also take overwrite, max_shard_bytes, is_fused and
+    on_progress.
     The model is not changed. Nothing is left behind if anything fails.
 
     Example: `ptqc.export(model, "gptq", "model-gptq")`, `ptqc.export(model, "gguf", "model.gguf", quant="Q4_0")`.

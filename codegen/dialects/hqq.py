@@ -5,9 +5,10 @@
     scale, zero     [groups of all rows, 1] in the type that is computed in
     nbits, group_size, axis, shape, packing, ...   what `Quantizer.dequantize` needs, as small tensors
 
-W = (code - zero) * scale. There is one width and one group for all weights of a folder.
+W = (code - zero) * scale.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,6 @@ from ptqc.codegen.dialect import (
     needed,
     plain_reason,
     scale_dtype_name,
-    single,
 )
 from ptqc.codegen.words import affine_of
 from ptqc.packing import pack_linear
@@ -108,7 +108,7 @@ class HQQ:
             "view_as_float": 0, "quant_scale": 0, "quant_zero": 0, "offload_meta": 0, "encoded_state_dict": 1,
             "stores_quant_config": 1, "channel_wise": 1, "optimize": 1, "round_zero": int(spec.zero != "float"),
         }  # fmt: skip
-        texts = {"packing": packing.name, "unpack_view_dtype": "torch.uint8", "compute_dtype": str(weight.dtype)}
+        texts = {"packing": packing.name, "unpack_view_dtype": str(packing.dtype), "compute_dtype": str(weight.dtype)}
         small: Callable[..., Tensor] = lambda value, kind: torch.tensor(value, dtype=kind, device=affine.codes.device)  # noqa: E731
         return {
             "W_q": _pack(affine.codes.reshape(-1, group), spec.bits),
@@ -125,13 +125,13 @@ class HQQ:
         return self
 
     def config(self, inventory: Inventory) -> dict[str, Any]:
-        """See `ptqc.codegen.dialect.Dialect`."""
-        weights = inventory.weights
-        groups = {name: weight.spec.group or weight.stored_shape[1] for name, weight in weights.items()}
+        """The commonest width and group: each weight says its own, and readers go by that."""
+        weights = inventory.weights.values()
+        kinds = Counter((weight.spec.bits, weight.spec.group or weight.stored_shape[1]) for weight in weights)
+        bits, group = kinds.most_common(1)[0][0]
         shared = {
-            "nbits": single("width", {name: weight.spec.bits for name, weight in weights.items()}),
-            "group_size": single("group size", groups),
-            "channel_wise": True, "optimize": True, "round_zero": False, "axis": 1, "view_as_float": False,
+            "nbits": bits, "group_size": group, "channel_wise": True, "optimize": True, "round_zero": False, "axis": 1,
+            "view_as_float": False,
         }  # fmt: skip
         quant = {"weight_quant_params": shared, "scale_quant_params": None, "zero_quant_params": None}
         return {

@@ -10,7 +10,7 @@ import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ptqc.codegen.exporters import ExportedTensor, ExportReport, Fate
 from ptqc.codegen.serving import disagreements, kind_of
 from ptqc.errors import ExportError, SpecError
 from ptqc.folders.checkpoint import write_folder
+from ptqc.folders.conversion import OnProgress
 from ptqc.folders.folder import open_folder
 from ptqc.folders.foreign import open_foreign
 from ptqc.folders.origins import Origin
@@ -64,20 +65,21 @@ def export_folder(
     is_fused: bool = True,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
-    on_block: Callable[[Block], None] = lambda block: None,
+    on_progress: OnProgress = lambda done, total, name: None,
     **options: Any,
 ) -> ExportReport:
     """Write a model as a folder in a dialect.
 
     quant: None keeps every code as it is and refuses what the dialect cannot hold; "nearest" stores that anew in the
     nearest spec; a spec ("int4g128") stores it anew as that, and float weights of linears with it. is_fused: hold
-    weights that serving engines merge against each other. options: of the dialect.
+    weights that serving engines merge against each other. on_progress: called with the bytes that are written, the
+    bytes there will be, and the tensor just finished. options: of the dialect.
 
     Raises: ExportError naming the weights that the dialect refuses; CheckpointError if the folder cannot be written.
     """
-    dialect = DIALECTS.get(format)(**options)
+    dialect, spelled = DIALECTS.get(format)(**options), format.replace("_", "-")
     spec = WeightSpec.parse(quant) if quant not in (None, NEAREST) else None
-    planned = _plan(origin, dialect, format, quant is not None, spec)
+    planned = _plan(origin, dialect, spelled, quant is not None, spec)
     inventory = Inventory({name: entry.meta for name, entry in planned.items()}, _float_modules(origin, planned))
     dialect = dialect.settled(inventory)
     config = dialect.config(inventory)
@@ -89,15 +91,26 @@ def export_folder(
         for name in origin.tensors
     ]
     with staged(path, overwrite=overwrite) as staging:
-        write_folder(staging, blocks, max_shard_bytes, path, on_block)
+        write_folder(staging, blocks, max_shard_bytes, path, _counted(blocks, on_progress))
         origin.write_files(staging, config, tokenizer)
         _spell_for_older_readers(staging / "config.json")
         _read_back(staging, prints)
         nbytes = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
     tensors = tuple(_entry(block, planned.get(block.name), origin) for block in blocks)
-    report = ExportReport(path, format, nbytes, tensors, (*_changes(planned), *dialect.notes(inventory)))
+    report = ExportReport(path, spelled, nbytes, tensors, (*_changes(planned), *dialect.notes(inventory)))
     log.info("%s", report)
     return report
+
+
+def _counted(blocks: Sequence[Block], on_progress: OnProgress) -> Callable[[Block], None]:
+    total, done = sum(layout_bytes(block.layout) for block in blocks), 0
+
+    def on_block(block: Block) -> None:
+        nonlocal done
+        done += layout_bytes(block.layout)
+        on_progress(done, total, block.name)
+
+    return on_block
 
 
 # -------------------------------------------------------------------- planning
