@@ -56,17 +56,17 @@ def from_hqq(case):
     config = transformers.AutoConfig.from_pretrained(case["folder"])
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case["dtype"])).eval()
-    for name, _ in list(model.named_modules()):
+    layers = [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]
+    inside = tuple(f"{name}." for name in layers)
+    floats = {name: value for name, value in tensors.items() if not name.startswith(inside)}
+    missing, unexpected = model.load_state_dict(floats, strict=False)
+    assert not unexpected and not [name for name in missing if not name.startswith(inside)], missing
+    for name in layers:
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        if "W_q" not in own:
-            continue
         layer = HQQLinear(None, BaseQuantizeConfig(), compute_dtype=getattr(torch, case["dtype"]), device="cpu")
         layer.load_state_dict(own)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected and not [name for name in missing if "W_q" not in name and "meta" not in name], missing
     return model
 
 

@@ -52,8 +52,9 @@ class Kind:
 
 def kind_of(weight: Tensor, order: Tensor | None) -> Kind:
     """The kind of a weight, perhaps only described. order: of the inputs of a quantized one, where there is one."""
-    is_stored = isinstance(weight, QuantTensor)
-    return Kind(weight.spec, weight.surroundings, order) if is_stored else Kind(None, None)
+    if not isinstance(weight, QuantTensor):
+        return Kind(None, None)
+    return Kind(weight.spec, weight.surroundings, order)
 
 
 def disagreements(kinds: Mapping[str, Kind]) -> list[str]:

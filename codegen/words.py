@@ -129,7 +129,7 @@ def groups_of(in_features: int, columns: int, name: str) -> int | None:
 
     Raises: CheckpointError if the columns of the scales do not divide the inputs.
     """
-    if columns < 1 or in_features % columns:
+    if columns < 1 or in_features < 1 or in_features % columns:
         raise damaged(name, f"{columns} groups do not divide {in_features} inputs")
     return None if columns == 1 else in_features // columns
 

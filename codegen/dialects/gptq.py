@@ -41,6 +41,7 @@ _CODES = Lay("columns", turned=True)
 _ZEROS = Lay("out", turned=True)
 
 Version = Literal["gptq", "gptq_v2"]
+_VERSIONS: tuple[Version, ...] = ("gptq", "gptq_v2")
 
 
 @DIALECTS.register("gptq")
@@ -66,9 +67,10 @@ class GPTQ:
     def of_config(config: Mapping[str, Any], where: str) -> "GPTQ":
         """See `ptqc.codegen.dialect.Dialect`."""
         version, bits = config.get("checkpoint_format") or config.get("format") or "gptq", config.get("bits")
-        if version not in ("gptq", "gptq_v2") or config.get("pack_dtype", "int32") != "int32":
+        known = next((name for name in _VERSIONS if name == version), None)
+        if known is None or config.get("pack_dtype", "int32") != "int32":
             raise CheckpointError(f"{where}: the GPTQ format {version!r} is not known; convert it to gptq or gptq_v2")
-        return GPTQ(version, bits if type(bits) is int else None)
+        return GPTQ(known, bits if type(bits) is int else None)
 
     # ---------------------------------------------------------------- writing
 

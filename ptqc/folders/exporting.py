@@ -263,7 +263,7 @@ def _print(weight: QuantTensor) -> int:
     given = [numbers, *(weight.extras[name].cpu() for name in ("act_scale",) if name in weight.extras)]
     code = zlib.crc32(str(weight.surroundings.act).encode())
     for tensor in given:
-        code = zlib.crc32((tensor + 0.0).contiguous().numpy(), code)  # + 0.0: no negative zeros
+        code = zlib.crc32((tensor + 0.0).contiguous().numpy().data, code)  # + 0.0: no negative zeros
     return code
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqc.codegen.dialect import DIALECTS, Dialect
-from ptqc.errors import CheckpointError, UnknownNameError
+from ptqc.codegen.dialect import DIALECTS, Dialect, damaged
+from ptqc.errors import CheckpointError, SpecError, UnknownNameError
 from ptqc.folders.architecture import build_unfilled, planned_dtype
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
@@ -22,6 +22,7 @@ from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.skeleton import places_of, put
 from ptqc.folders.sources import direct_sources
 from ptqc.qtensor import QuantTensor
+from ptqc.surroundings import check_extras
 
 __all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign"]
 
@@ -43,8 +44,21 @@ class Foreign:
     dtype: torch.dtype
 
     def read(self, name: str) -> QuantTensor:
-        """A quantized weight."""
-        return self.dialect.read(self.weights[name], self.entries[name])
+        """A quantized weight.
+
+        Raises: CheckpointError if its tensors are not what was described, or hold impossible values.
+        """
+        meta = self.weights[name]
+        weight = self.dialect.read(meta, self.entries[name])
+        for part, wanted in meta.tensors.items():
+            found = weight.tensors[part]
+            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+                raise damaged(name, f"{part} is {found.dtype} {list(found.shape)}, not {wanted.dtype}")
+        try:
+            check_extras(weight.surroundings, weight.extras, weight.stored_shape)
+        except SpecError as error:
+            raise damaged(name, str(error)) from None
+        return weight
 
 
 def open_foreign(stored: ModelFolder) -> Foreign | None:
@@ -72,8 +86,10 @@ def _dialect_named(method: object, where: str) -> type[Dialect]:
     try:
         return DIALECTS.get(str(method).replace("-", "_"))
     except UnknownNameError:
-        known = ", ".join([METHOD, *DIALECTS.names()])
-        raise CheckpointError(f"{where} is quantized by {method!r}, not ptqc or one of {known}") from None
+        known = ", ".join([METHOD, *(name.replace("_", "-") for name in DIALECTS.names())])
+        raise CheckpointError(
+            f"{where} is quantized by {method!r}, not one of {known}; open it with what wrote it"
+        ) from None
 
 
 def _by_weight(stored: ModelFolder, dialect: Dialect) -> dict[str, dict[str, TensorEntry]]:
@@ -106,7 +122,7 @@ def load_foreign(
     Raises: CheckpointError for a model whose weights are merged while transformers loads them.
     """
     seen = _as_weights(stored, foreign)
-    model = build_unfilled(seen, trust_remote_code)
+    model: nn.Module = build_unfilled(seen, trust_remote_code)
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
         raise CheckpointError(
