@@ -2,9 +2,10 @@
 
     python -m benchmarks.dialects [--python NAME=PATH ...] [--only WORDS] [--json FILE]
 
-NAME is what a case runs with: gptqmodel (with optimum), compressed-tensors, llmcompressor, bitsandbytes, hqq, each a
-Python that has the package and transformers; without a PATH the last two run with this Python, and the others are
-listed as not run. `pip install gptqmodel optimum` and `pip install llmcompressor` need environments of their own.
+NAME is what a case runs with: gptqmodel (with optimum), compressed-tensors, llmcompressor, transformers4 (4.57 with
+hqq), bitsandbytes, hqq, each a Python that has the package and transformers; without a PATH the last two run with this
+Python, and the others are listed as not run. `pip install gptqmodel optimum` and `pip install llmcompressor` need
+environments of their own.
 
 The reference model, 64 tokens, logits in float32: relative error ||theirs - ours|| / ||ours||. Where inputs are
 quantized, or a kernel works in 16 bit, what the program computes differs by more than what the file holds; such cases
@@ -115,6 +116,8 @@ WRITTEN = [
     Case("hqq int3g64f", "hqq", "hqq", {"loader": "hqq", "dtype": "float32"}, _w("int3g64f", "hqq")),
     Case("hqq int2g64z", "hqq", "hqq", {"loader": "hqq", "dtype": "float32"}, _w("int2g64z")),
     Case("hqq int8g128", "hqq", "hqq", {"loader": "hqq", "dtype": "float32"}, _w("int8g128")),
+    Case("hqq int4g64f, transformers 4", "hqq", "transformers4", _hf(), _w("int4g64f", "hqq")),
+    Case("hqq int2g64z, transformers 4", "hqq", "transformers4", _hf(), _w("int2g64z")),
 ]  # fmt: skip
 
 

@@ -149,7 +149,9 @@ def _planned_floats(origin: Origin, dialect: Dialect, spec: WeightSpec, refused:
     planned = {}
     for site in find_sites(origin.modules)[0]:
         weight = origin.tensors.get(site.name)
-        if weight is None or not isinstance(weight, Tensor) or isinstance(weight, QuantTensor):
+        if weight is None:
+            refused.append(f'"{site.name}": the folder has no tensor of this name; load the model and export that')
+        if weight is None or isinstance(weight, QuantTensor):
             continue
         meta = _fitting(dialect, described(spec.fit(weight.shape), weight.shape, weight.dtype), (ActSpec(),))
         reason = "a Conv1D has no place there" if site.is_transposed else dialect.refuses(meta)
