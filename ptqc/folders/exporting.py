@@ -124,11 +124,12 @@ def _plan(
     for name, weight in origin.tensors.items():
         if not isinstance(weight, QuantTensor):
             continue
-        reason = _misplaced(name, modules) or dialect.refuses(weight)
+        misplaced = _misplaced(name, origin.source[name], modules)
+        reason = misplaced or dialect.refuses(weight)
         if reason is None:
-            planned[name] = _Planned(name, _meta(weight), "lossless", str(weight.spec))
+            planned[name] = _Planned(name, weight, "lossless", str(weight.spec))
             continue
-        anew = None if _misplaced(name, modules) else _anew(dialect, weight, spec)
+        anew = None if misplaced else _anew(dialect, weight, spec)
         if may_change and anew is not None:
             planned[name] = _Planned(name, anew, "requantized", _said(weight))
         else:
@@ -146,26 +147,27 @@ def _plan(
 
 def _planned_floats(origin: Origin, dialect: Dialect, spec: WeightSpec, refused: list[str]) -> dict[str, _Planned]:
     """What is planned for float weights of linears; appends to the reasons."""
-    planned = {}
+    planned, names = {}, _by_source(origin)
     for site in find_sites(origin.modules)[0]:
-        weight = origin.tensors.get(site.name)
-        if weight is None:
+        if site.name not in names:
             refused.append(f'"{site.name}": the folder has no tensor of this name; load the model and export that')
-        if weight is None or isinstance(weight, QuantTensor):
-            continue
-        meta = _fitting(dialect, described(spec.fit(weight.shape), weight.shape, weight.dtype), (ActSpec(),))
-        reason = "a Conv1D has no place there" if site.is_transposed else dialect.refuses(meta)
-        if reason is None:
-            planned[site.name] = _Planned(site.name, meta, "converted", str(weight.dtype).removeprefix("torch."))
-        else:
-            refused.append(f'"{site.name}": {reason}')
+        for name in names.get(site.name, ()):
+            weight = origin.tensors[name]
+            if isinstance(weight, QuantTensor):
+                continue
+            meta = _fitting(dialect, described(spec.fit(weight.shape), weight.shape, weight.dtype), (ActSpec(),))
+            reason = "it is stored [in, out], which has no place there" if site.is_transposed else dialect.refuses(meta)
+            if reason is None:
+                planned[name] = _Planned(name, meta, "converted", str(weight.dtype).removeprefix("torch."))
+            else:
+                refused.append(f'"{name}": {reason}')
     return planned
 
 
-def _misplaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def _misplaced(name: str, source: str, modules: Mapping[str, nn.Module]) -> str | None:
     if stem_of(name) is None:
         return "it is no weight of a module, and the tensors of others have no name there; leave it in float"
-    owner = modules.get(name.removesuffix("weight").removesuffix("."))
+    owner = modules.get(source.removesuffix("weight").removesuffix("."))
     is_other = isinstance(owner, nn.Embedding)
     return "it is an embedding, which no reader looks for in stored form; leave it in float" if is_other else None
 
@@ -193,14 +195,28 @@ def _fitting(dialect: Dialect, meta: QuantTensor, acts: tuple[ActSpec, ...]) -> 
     return meta
 
 
-def _meta(weight: QuantTensor) -> QuantTensor:
-    return described(weight.spec, weight.stored_shape, weight.dtype, weight.surroundings)
-
-
 def _float_modules(origin: Origin, planned: Mapping[str, _Planned]) -> list[str]:
-    """Linear modules whose weights stay in floating point."""
-    linears = [name for name, module in origin.modules.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if f"{name}.weight" not in planned]
+    """Modules of matrices that stay in floating point: linears, also tied ones, and routers; but not embeddings."""
+    kinds = {f"{name}.weight": type(module) for name, module in origin.modules.named_modules()}
+    linears = [name for name, kind in kinds.items() if issubclass(kind, nn.Linear)]
+    floats = [
+        name
+        for name, source in origin.source.items()
+        if name not in planned
+        and name.endswith(".weight")
+        and origin.tensors[name].ndim == 2
+        and not issubclass(kinds.get(source, nn.Linear), nn.Embedding)
+    ]
+    tied = set(linears).difference(origin.source.values())
+    return [name.removesuffix(".weight") for name in (*floats, *sorted(tied))]
+
+
+def _by_source(origin: Origin) -> dict[str, list[str]]:
+    """The names in a folder of each parameter."""
+    names: dict[str, list[str]] = {}
+    for name, source in origin.source.items():
+        names.setdefault(source, []).append(name)
+    return names
 
 
 def _check_packs(origin: Origin, planned: Mapping[str, _Planned]) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ptqc.codegen.dialect import DIALECTS, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
 from ptqc.folders.architecture import build_unfilled, planned_dtype
+from ptqc.folders.flatten import untied
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
+from ptqc.folders.naming import stacked, stored_names
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.skeleton import places_of, put
 from ptqc.folders.sources import direct_sources
@@ -119,17 +121,20 @@ def load_foreign(
 
     dtype: what floating-point tensors become and quantized weights pretend to be, instead of what the config says.
 
-    Raises: CheckpointError for a model whose weights are merged while transformers loads them.
+    Weights that transformers packs while it loads (experts) are packed here as they are where they have one spec, and
+    as floating-point numbers otherwise.
+
+    Raises: CheckpointError if a weight is missing or has another shape than the model's.
     """
     seen = _as_weights(stored, foreign)
     model: nn.Module = build_unfilled(seen, trust_remote_code)
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
-        raise CheckpointError(
-            f"{stored.path}: {sources}, which is not done with quantized weights; dequantize it first"
-        )
-    names = {id(entry): name for name, entry in seen.entries.items()}
-    wanted = {target: names[id(entry)] for target, entry in sources.entries.items()}
+        log.info("%s: %s; put together from pieces", stored.path, sources)
+        wanted = _pieces(model, seen)
+    else:
+        names = {id(entry): name for name, entry in seen.entries.items()}
+        wanted = {target: [names[id(entry)]] for target, entry in sources.entries.items()}
     base = dtype or foreign.dtype
     _fill(model, foreign, wanted, lambda name: planned_dtype(model, name, base))
     _finish(model, stored, base)
@@ -139,7 +144,7 @@ def load_foreign(
 def fill_foreign(model: nn.Module, stored: ModelFolder, foreign: Foreign, dtype: torch.dtype | None) -> nn.Module:
     """Fill a module whose parameters have the names of the folder's weights. In place; the rest is as above."""
     names = {*foreign.weights, *foreign.floats}
-    wanted = {name: name for place in places_of(model) for name in place.names if name in names}
+    wanted = {name: [name] for place in places_of(model) for name in place.names if name in names}
     missing = [place.names[0] for place in places_of(model) if not wanted.keys() & set(place.names)]
     left = sorted(names.difference(wanted))
     if missing or left:
@@ -149,6 +154,23 @@ def fill_foreign(model: nn.Module, stored: ModelFolder, foreign: Foreign, dtype:
         )
     _fill(model, foreign, wanted, lambda name: dtype)
     return model
+
+
+def _pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
+    """The stored names of the pieces of every parameter, in the order of its rows.
+
+    Raises: CheckpointError if one is missing, or has another shape.
+    """
+    state = untied(model.state_dict(keep_vars=True))[0]
+    wanted: dict[str, list[tuple[tuple[int, int], str]]] = {}
+    for name, piece in stored_names(model, state).items():
+        shape = tuple(piece.of(torch.empty(state[piece.name].shape, device="meta")).shape)
+        entry = seen.entries.get(name)
+        if entry is None or entry.shape != shape:
+            found = "lacks it" if entry is None else f"has {list(entry.shape)}"
+            raise CheckpointError(f"the model needs {name} of shape {list(shape)}, {seen.path} {found}")
+        wanted.setdefault(piece.name, []).append(((piece.index or 0, (piece.rows or (0, 0))[0]), name))
+    return {parameter: [name for _, name in sorted(pieces)] for parameter, pieces in wanted.items()}
 
 
 def _as_weights(stored: ModelFolder, foreign: Foreign) -> ModelFolder:
@@ -161,21 +183,31 @@ def _as_weights(stored: ModelFolder, foreign: Foreign) -> ModelFolder:
 
 
 def _fill(
-    model: nn.Module, foreign: Foreign, wanted: Mapping[str, str], dtype_of: Callable[[str], torch.dtype | None]
+    model: nn.Module, foreign: Foreign, wanted: Mapping[str, list[str]], dtype_of: Callable[[str], torch.dtype | None]
 ) -> None:
-    """wanted: the stored name for names of the model."""
+    """wanted: for names of the model the stored names of the pieces, one for most."""
     for place in places_of(model):
         name = next((name for name in place.names if name in wanted), None)
         if name is None:
             continue
-        dtype = dtype_of(name)
-        if wanted[name] in foreign.weights:
-            weight = foreign.read(wanted[name])
-            value: Tensor = weight.with_parts(weight.parts, dtype=dtype or weight.dtype)
-        else:
-            value = foreign.floats[wanted[name]].read()
-            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        put(place, value, wanted[name])
+        dtype, stored = dtype_of(name), wanted[name]
+        read = [foreign.read(one) if one in foreign.weights else foreign.floats[one].read() for one in stored]
+        value = read[0] if len(read) == 1 else _packed(name, read, place.tensor.shape)
+        if isinstance(value, QuantTensor):
+            value = value.with_parts(value.parts, dtype=dtype or value.dtype)
+        elif dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        put(place, value, stored[0])
+
+
+def _packed(name: str, pieces: list[Tensor], shape: torch.Size) -> Tensor:
+    """Matrices one below the other, as a parameter of this shape."""
+    packed = stacked([piece for piece in pieces if isinstance(piece, QuantTensor)], shape)
+    if packed is not None and all(isinstance(piece, QuantTensor) for piece in pieces):
+        return packed
+    log.warning("%s: its pieces are not quantized alike, it becomes floating point", name)
+    plain = [piece.dequantize() if isinstance(piece, QuantTensor) else piece for piece in pieces]
+    return torch.cat(plain).view(shape)
 
 
 def _finish(model: Any, stored: ModelFolder, dtype: torch.dtype) -> None:

@@ -142,14 +142,34 @@ def test_a_float_model_is_rounded_as_rtn_would(tmp_path):
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("name", ["transposed", "experts"])
-def test_weights_that_are_no_matrices_of_linears_are_refused(tmp_path, name):
-    model = tiny(name)
+def test_weights_that_are_no_matrices_of_linears_are_refused(tmp_path):
+    model = tiny("transposed")
     ptqc.quantize(model, "rtn", bits=4, group_size=32, progress=False)
-    reason = "stored for a Conv1D" if name == "transposed" else "no weight of a module"
-    with pytest.raises(ExportError, match=reason):
+    with pytest.raises(ExportError, match=r"stored for a Conv1D"):
         ptqc.export(model, "gptq", tmp_path / "out", quant="nearest")
+    plain = nn.ParameterDict({"matrix": rounded(torch.randn(64, 64), "int4g32")})
+    with pytest.raises(ExportError, match=r"no weight of a module"):
+        ptqc.export(plain, "gptq", tmp_path / "out", quant="nearest")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "awq", "hqq"])
+def test_packed_experts_are_cut_into_matrices_and_packed_again(tmp_path, format):
+    model = tiny("experts")
+    ptqc.quantize(model, "rtn", bits=4, group_size=32, symmetric=False, progress=False)
+    tensors = exported(model, format, tmp_path / "out")
+    expert = "model.layers.0.block_sparse_moe.experts.3"
+    for name in ("w1", "w2", "w3"):
+        assert any(tensor.startswith(f"{expert}.{name}.") for tensor in tensors)
+    found = ptqc.load(tmp_path / "out")
+    weight = found.model.layers[0].mlp.experts.gate_up_proj
+    assert isinstance(weight, ptqc.QuantTensor) and weight.shape == (4, 256, 64)
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=0)
+    # From a folder of ours, whose names are the model's, to the same tensors.
+    ptqc.save(model, tmp_path / "ours")
+    streamed = exported(tmp_path / "ours", format, tmp_path / "streamed")
+    assert streamed.keys() == tensors.keys()
+    assert all(torch.equal(streamed[name], tensors[name]) for name in tensors)
 
 
 def test_embeddings_stay_in_float(tmp_path):

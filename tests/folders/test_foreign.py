@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ptqc
 from ptqc.act_spec import ActSpec
+from ptqc.codegen.dialect import DIALECTS
 from ptqc.errors import CheckpointError, PtqcError
 from ptqc.folders.folder import ModelFolder, open_folder
 from ptqc.folders.foreign import open_foreign
@@ -154,22 +155,37 @@ def test_static_scales_are_positive(tmp_path):
         ptqc.load(tmp_path / "out")
 
 
-def test_merged_experts_are_refused_with_a_reason(tmp_path):
+@pytest.fixture
+def experts(tmp_path):
+    """A folder of a model with experts, and its model."""
     model = tiny("experts")
-    model.save_pretrained(tmp_path / "out")
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    for name in [name for name in tensors if ".experts." in name]:
-        rows, columns = tensors.pop(name).shape
-        stem = name.removesuffix("weight")
-        tensors[f"{stem}qweight"] = torch.zeros(columns // 8, rows, dtype=torch.int32)
-        tensors[f"{stem}qzeros"] = torch.zeros(1, rows // 8, dtype=torch.int32)
-        tensors[f"{stem}scales"] = torch.ones(1, rows, dtype=torch.float16)
-    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": -1}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="is converted while it is loaded, which is not done with quantized"):
-        ptqc.load(tmp_path / "out")
+    ptqc.quantize(model, "rtn", bits=4, group_size=32, progress=False)
+    ptqc.export(model, "gptq", tmp_path / "experts")
+    return tmp_path / "experts", model
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.2.w3"
+
+
+def test_experts_of_several_specs_become_floats(experts, caplog):
+    other = tiny("experts")
+    ptqc.quantize(other, "rtn", bits=8, group_size=32, progress=False)
+    weight = other.model.layers[0].mlp.experts.gate_up_proj[2][128:]
+    tails = DIALECTS.get("gptq")("gptq").write(weight)
+    retensor(experts[0], lambda tensors: tensors.update({f"{EXPERT}.{tail}": v for tail, v in tails.items()}))
+    found = ptqc.load(experts[0])
+    assert "mlp.experts.gate_up_proj: its pieces are not quantized alike" in caplog.text
+    packed = found.model.layers[0].mlp.experts
+    assert not isinstance(packed.gate_up_proj, ptqc.QuantTensor) and isinstance(packed.down_proj, ptqc.QuantTensor)
+    expected = experts[1].model.layers[0].mlp.experts.gate_up_proj.dequantize()
+    expected[2, 128:] = weight.dequantize()
+    torch.testing.assert_close(packed.gate_up_proj, nn.Parameter(expected), rtol=0, atol=0)
+
+
+def test_missing_experts_are_named(experts):
+    retensor(experts[0], lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(EXPERT)])
+    with pytest.raises(CheckpointError, match=rf"the model needs {EXPERT}.weight of shape \[128, 64\], .* lacks it"):
+        ptqc.load(experts[0])
 
 
 # -------------------------------------------------------------------- fuzzing
