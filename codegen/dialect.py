@@ -24,8 +24,8 @@ from ptqc.spec import SCALE_DTYPES, WeightSpec, Zero
 from ptqc.surroundings import Surroundings
 
 __all__ = [
-    "DIALECTS", "Dialect", "Entries", "Entry", "Inventory", "Tails", "damaged", "describe_or_refuse", "described",
-    "nearest_integer", "needed", "plain_reason", "scale_dtype_name", "single", "stem_of",
+    "DIALECTS", "DamagedWeight", "Dialect", "Entries", "Entry", "Inventory", "Tails", "damaged", "describe_or_refuse",
+    "described", "nearest_integer", "needed", "plain_reason", "scale_dtype_name", "single", "stem_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -63,6 +63,9 @@ class Inventory:
 
 class Dialect(Protocol):
     """A way to store quantized weights."""
+
+    example: ClassVar[str]
+    """A spec that it holds, for advice."""
 
     tails: ClassVar[tuple[str, ...]]
     """Every tail there is."""
@@ -209,9 +212,13 @@ def needed(entries: Entries, name: str, *tails: str) -> list[Entry]:
     return [entries[tail] for tail in tails]
 
 
-def damaged(name: str, fault: str) -> CheckpointError:
+class DamagedWeight(CheckpointError):
+    """A weight whose tensors make no sense. Who opened the folder adds which one it is."""
+
+
+def damaged(name: str, fault: str) -> DamagedWeight:
     """The error for a weight whose tensors make no sense."""
-    return CheckpointError(f'the tensors of "{name}" make no sense: {fault}; download or save the folder again')
+    return DamagedWeight(f'the tensors of "{name}" make no sense: {fault}; download or save the folder again')
 
 
 def scale_dtype_name(name: str, dtype: torch.dtype) -> str:

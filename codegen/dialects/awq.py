@@ -44,6 +44,7 @@ _LAY = Lay("out", turned=True, places=(0, 2, 4, 6, 1, 3, 5, 7))
 class AWQ:
     """Writes and reads AWQ. Symmetric weights are stored with zeros of 8."""
 
+    example: ClassVar[str] = "int4g128z"
     tails: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     markers: ClassVar[tuple[str, ...]] = ("qweight",)
 

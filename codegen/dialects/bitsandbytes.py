@@ -57,6 +57,7 @@ class BitsAndBytes:
 
     threshold: float = _THRESHOLD
 
+    example: ClassVar[str] = "nf4g64"
     tails: ClassVar[tuple[str, ...]] = (
         "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", "SCB",
         "weight_format", *(f"{_STATE}{book}" for book in _BOOKS),

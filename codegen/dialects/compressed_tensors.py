@@ -74,6 +74,7 @@ class CompressedTensors:
     g_idx: bool = False
     acts: tuple[ActTargets, ...] = ()
 
+    example: ClassVar[str] = "int4g128"
     tails: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
         "weight", "input_scale", "input_zero_point",

@@ -56,6 +56,7 @@ class GPTQ:
     version: Version | None = None
     bits: int | None = None
 
+    example: ClassVar[str] = "int4g128"
     tails: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     markers: ClassVar[tuple[str, ...]] = ("qweight",)
 

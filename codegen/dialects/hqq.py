@@ -63,6 +63,7 @@ _EXACT = {"f16": (torch.float16, torch.float32), "bf16": (torch.bfloat16, torch.
 class HQQ:
     """Writes and reads HQQ."""
 
+    example: ClassVar[str] = "int4g64f"
     tails: ClassVar[tuple[str, ...]] = (
         "W_q", "scale", "zero", "nbits", "group_size", "axis", "shape", "packing", "unpack_view_dtype", "compute_dtype",
         "view_as_float", "quant_scale", "quant_zero", "offload_meta", "encoded_state_dict", "stores_quant_config",

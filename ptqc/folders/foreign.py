@@ -6,14 +6,16 @@ is read. The model is built by transformers without values and filled with one w
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptqc.codegen.dialect import DIALECTS, Dialect, damaged
+from ptqc.codegen.dialect import DIALECTS, DamagedWeight, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
 from ptqc.folders.architecture import build_unfilled, planned_dtype
 from ptqc.folders.flatten import untied
@@ -39,6 +41,7 @@ class Foreign:
     floats: every other tensor. dtype: of the model.
     """
 
+    path: Path
     dialect: Dialect
     weights: Mapping[str, QuantTensor]
     entries: Mapping[str, Mapping[str, TensorEntry]]
@@ -50,17 +53,31 @@ class Foreign:
 
         Raises: CheckpointError if its tensors are not what was described, or hold impossible values.
         """
-        meta = self.weights[name]
-        weight = self.dialect.read(meta, self.entries[name])
-        for part, wanted in meta.tensors.items():
-            found = weight.tensors[part]
-            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-                raise damaged(name, f"{part} is {found.dtype} {list(found.shape)}, not {wanted.dtype}")
-        try:
-            check_extras(weight.surroundings, weight.extras, weight.stored_shape)
-        except SpecError as error:
-            raise damaged(name, str(error)) from None
-        return weight
+        with _named(self.path):
+            weight = self.dialect.read(self.weights[name], self.entries[name])
+            _check(name, weight, self.weights[name])
+            return weight
+
+
+def _check(name: str, weight: QuantTensor, meta: QuantTensor) -> None:
+    """Hold a weight against its description."""
+    for part, wanted in meta.tensors.items():
+        found = weight.tensors[part]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise damaged(name, f"{part} is {found.dtype} {list(found.shape)}, not {wanted.dtype}")
+    try:
+        check_extras(weight.surroundings, weight.extras, weight.stored_shape)
+    except SpecError as error:
+        raise damaged(name, str(error)) from None
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say in which folder a weight is damaged."""
+    try:
+        yield
+    except DamagedWeight as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def open_foreign(stored: ModelFolder) -> Foreign | None:
@@ -78,10 +95,11 @@ def open_foreign(stored: ModelFolder) -> Foreign | None:
     if not entries:
         raise CheckpointError(f"{where} speaks of {config['quant_method']}, but no tensor is called {dialect.markers}")
     dtype = _dtype_of(stored)
-    weights = {name: dialect.describe(name, tails, dtype) for name, tails in entries.items()}
+    with _named(stored.path):
+        weights = {name: dialect.describe(name, tails, dtype) for name, tails in entries.items()}
     taken = {f"{name.removesuffix('weight')}{tail}" for name, tails in entries.items() for tail in tails}
     floats = {name: entry for name, entry in stored.entries.items() if name not in taken}
-    return Foreign(dialect, weights, entries, floats, dtype)
+    return Foreign(stored.path, dialect, weights, entries, floats, dtype)
 
 
 def _dialect_named(method: object, where: str) -> type[Dialect]:

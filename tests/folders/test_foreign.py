@@ -109,8 +109,9 @@ def test_g_idx_may_be_missing(tmp_path):
 )
 def test_tensors_that_lie_are_named(folder, change, fault):
     retensor(folder[0], change)
-    with pytest.raises(CheckpointError, match=fault):
+    with pytest.raises(CheckpointError, match=fault) as caught:
         ptqc.load(folder[0])
+    assert str(folder[0]) in str(caught.value)
 
 
 @pytest.mark.parametrize(
