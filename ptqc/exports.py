@@ -19,7 +19,7 @@ from ptqc.folders.origins import of_folder, of_model
 __all__ = ["export", "formats", "is_folder"]
 
 _FOLDER_OPTIONS = ("is_fused", "max_shard_bytes", "on_progress", "overwrite")
-_OF_READERS = ("bits", "acts", "threshold")
+_OF_READERS = ("bits", "acts")
 """Fields of dialects that say what a folder has which is read."""
 
 

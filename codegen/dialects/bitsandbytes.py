@@ -53,7 +53,7 @@ _THRESHOLD = 6.0
 @DIALECTS.register("bitsandbytes")
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """Writes and reads bitsandbytes. threshold: of the outliers of a folder that is read."""
+    """Writes and reads bitsandbytes. threshold: of the outliers of all inputs of 8-bit weights; 0 is none."""
 
     threshold: float = _THRESHOLD
 
@@ -77,7 +77,8 @@ class BitsAndBytes:
     def refuses(self, weight: QuantTensor) -> str | None:
         """nf4 and fp4 in blocks, plain or nested; int8 per row whose inputs are int8 with outliers."""
         if _is_int8(weight.spec):
-            return plain_reason(weight, order=False, acts=(self._act,))
+            own = weight.surroundings.act
+            return plain_reason(weight, order=False, acts=(self._act, *([own] if _is_llm_int8(own) else [])))
         spec, block = weight.spec, weight.spec.group or weight.stored_shape[-1]
         reason = plain_reason(weight, order=False)
         if reason is not None or (spec.codebook in _BOOKS and spec.scale in (DOUBLE_QUANT, ScaleSpec(dtype="f32"))
@@ -128,7 +129,12 @@ class BitsAndBytes:
 
     def settled(self, inventory: Inventory) -> "BitsAndBytes":
         """See `ptqc.codegen.dialect.Dialect`."""
-        return self
+        thresholds = {
+            name: weight.surroundings.act.outlier or 0.0
+            for name, weight in inventory.weights.items()
+            if _is_int8(weight.spec)
+        }
+        return BitsAndBytes(single("threshold of outliers", thresholds)) if thresholds else self
 
     def config(self, inventory: Inventory) -> dict[str, Any]:
         """See `ptqc.codegen.dialect.Dialect`."""
@@ -229,6 +235,10 @@ class BitsAndBytes:
 
 def _is_int8(spec: WeightSpec) -> bool:
     return spec.with_scale_dtype("f16") == _INT8 and spec.scale.bits is None
+
+
+def _is_llm_int8(act: ActSpec) -> bool:
+    return act.dtype == "int8" and act.scale == "token"
 
 
 def _swapped(codes: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptqc.codegen.dialect import DIALECTS, Dialect, Inventory
+from ptqc.codegen.dialect import DIALECTS, Dialect, Inventory, described
 from ptqc.codegen.exporters import ExportedTensor, ExportReport
 from ptqc.errors import ExportError
 from ptqc.folders.checkpoint import write_folder
@@ -26,12 +27,13 @@ from ptqc.folders.export_plan import NEAREST, Planned, check_packs, float_module
 from ptqc.folders.folder import open_folder
 from ptqc.folders.foreign import open_foreign
 from ptqc.folders.origins import Origin
-from ptqc.folders.safefile import layout_bytes
+from ptqc.folders.safefile import Layout, layout_bytes
 from ptqc.folders.shards import Append, Block
 from ptqc.folders.staging import staged
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
+from ptqc.surroundings import Surroundings
 
 __all__ = ["export_folder"]
 
@@ -102,7 +104,9 @@ def _counted(blocks: Sequence[Block], on_progress: OnProgress) -> Callable[[Bloc
 def _block(planned: Planned, origin: Origin, dialect: Dialect, prints: dict[str, int]) -> Block:
     name = planned.name
     stem = name.removesuffix("weight")
-    layout = {f"{stem}{tail}": (tuple(t.shape), t.dtype) for tail, t in dialect.write(planned.meta).items()}
+    meta = planned.meta
+    tails = _layout(dialect, meta.spec, meta.stored_shape, meta.dtype, meta.surroundings)
+    layout = {f"{stem}{tail}": stored for tail, stored in tails.items()}
 
     def produce(append: Append) -> None:
         weight = _made(origin.read(name), planned)
@@ -111,6 +115,15 @@ def _block(planned: Planned, origin: Origin, dialect: Dialect, prints: dict[str,
             append(f"{stem}{tail}", tensor)
 
     return Block(name, layout, produce)
+
+
+@lru_cache(maxsize=256)  # weights of a model have few shapes
+def _layout(
+    dialect: Dialect, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype, surroundings: Surroundings
+) -> Layout:
+    """Shapes and types of the tensors of a weight: those that the dialect makes of one without values."""
+    tails = dialect.write(described(spec, shape, dtype, surroundings))
+    return {tail: (tuple(tensor.shape), tensor.dtype) for tail, tensor in tails.items()}
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import transformers
 import ptqc
 from ptqc.act_spec import ActSpec
 from ptqc.codegen.dialects.bitsandbytes import BitsAndBytes
-from ptqc.errors import CheckpointError
+from ptqc.errors import CheckpointError, ExportError
 from ptqc.surroundings import Surroundings
-from tests.export._folders import UP, config_in, exported, matrix, quantized
+from tests.export._folders import UP, config_in, exported, matrix, quantized, rounded
 from tests.tiny import IDS, logits, tiny
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -128,7 +128,12 @@ def test_the_threshold_of_outliers_is_theirs(tmp_path, threshold):
     act = ActSpec(dtype="int8", outlier=threshold or None)
     assert dialect.refuses(matrix(64, 32, "int8")["up"].weight) is not None
     model = quantized("int8", Surroundings(act=act))
-    assert dialect.refuses(model.get_submodule(UP).weight) is None
+    exported(model, "bitsandbytes", tmp_path / "out")
+    assert config_in(tmp_path / "out")["llm_int8_threshold"] == threshold
+    assert ptqc.load(tmp_path / "out").get_submodule(UP).weight.surroundings.act == act
+    model.lm_head.weight = rounded(model.lm_head.weight, "int8", Surroundings(act=ActSpec(dtype="int8", outlier=1.0)))
+    with pytest.raises(ExportError, match="one threshold of outliers for all weights"):
+        ptqc.export(model, "bitsandbytes", tmp_path / "mixed")
 
 
 def test_a_threshold_that_is_none():

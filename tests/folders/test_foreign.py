@@ -297,7 +297,7 @@ def survives(whole: ModelFolder, data) -> None:
             assert weight.dequantize().shape == weight.shape
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hostile_folders_are_errors(whole, data):
     survives(whole, data)
