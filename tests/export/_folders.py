@@ -34,6 +34,15 @@ def quantized(spec: str, around: Surroundings | None = None, name: str = "plain"
     return model
 
 
+def with_experts(spec: str):
+    """A tiny model with packed experts, rounded to `spec` (`ptqc.quantize` would run it to learn how they are used)."""
+    model = quantized(spec, name="experts")
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.gate_up_proj, experts.down_proj = rounded(experts.gate_up_proj, spec), rounded(experts.down_proj, spec)
+    return model
+
+
 def act_order(inputs: int) -> Tensor:
     """Some order of the inputs."""
     return torch.randperm(inputs, generator=torch.Generator().manual_seed(7)).int()

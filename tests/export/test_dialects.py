@@ -12,7 +12,17 @@ from ptqc.codegen.dialect import DIALECTS
 from ptqc.errors import CheckpointError, ExportError, PtqcError, UnknownNameError
 from ptqc.folders.staging import staged
 from ptqc.surroundings import Surroundings
-from tests.export._folders import UP, act_order, config_in, exported, ordered, quantized, rounded, tensors_in
+from tests.export._folders import (
+    UP,
+    act_order,
+    config_in,
+    exported,
+    ordered,
+    quantized,
+    rounded,
+    tensors_in,
+    with_experts,
+)
 from tests.surrounded import surrounded
 from tests.tiny import logits, tiny
 
@@ -155,8 +165,7 @@ def test_weights_that_are_no_matrices_of_linears_are_refused(tmp_path):
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "awq", "hqq"])
 def test_packed_experts_are_cut_into_matrices_and_packed_again(tmp_path, format):
-    model = tiny("experts")
-    ptqc.quantize(model, "rtn", bits=4, group_size=32, symmetric=False, progress=False)
+    model = with_experts("int4g32z")
     tensors = exported(model, format, tmp_path / "out")
     expert = "model.layers.0.block_sparse_moe.experts.3"
     for name in ("w1", "w2", "w3"):

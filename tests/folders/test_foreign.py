@@ -20,7 +20,7 @@ from ptqc.errors import CheckpointError, PtqcError
 from ptqc.folders.folder import ModelFolder, open_folder
 from ptqc.folders.foreign import open_foreign
 from ptqc.surroundings import Surroundings
-from tests.export._folders import UP, exported, ordered, quantized
+from tests.export._folders import UP, exported, ordered, quantized, with_experts
 from tests.tiny import logits, tiny
 
 STATIC = ActSpec(dtype="int8", scale="tensor", is_static=True)
@@ -159,8 +159,7 @@ def test_static_scales_are_positive(tmp_path):
 @pytest.fixture
 def experts(tmp_path):
     """A folder of a model with experts, and its model."""
-    model = tiny("experts")
-    ptqc.quantize(model, "rtn", bits=4, group_size=32, progress=False)
+    model = with_experts("int4g32")
     ptqc.export(model, "gptq", tmp_path / "experts")
     return tmp_path / "experts", model
 
@@ -169,8 +168,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.2.w3"
 
 
 def test_experts_of_several_specs_become_floats(experts, caplog):
-    other = tiny("experts")
-    ptqc.quantize(other, "rtn", bits=8, group_size=32, progress=False)
+    other = with_experts("int8g32")
     weight = other.model.layers[0].mlp.experts.gate_up_proj[2][128:]
     tails = DIALECTS.get("gptq")("gptq").write(weight)
     retensor(experts[0], lambda tensors: tensors.update({f"{EXPERT}.{tail}": v for tail, v in tails.items()}))
