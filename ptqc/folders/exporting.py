@@ -11,14 +11,13 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptqc.codegen.dialect import DIALECTS, Dialect, Inventory, described
+from ptqc.codegen.dialect import DIALECTS, Dialect, Inventory
 from ptqc.codegen.exporters import ExportedTensor, ExportReport
 from ptqc.errors import ExportError
 from ptqc.folders.checkpoint import write_folder
@@ -33,7 +32,6 @@ from ptqc.folders.staging import staged
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
-from ptqc.surroundings import Surroundings
 
 __all__ = ["export_folder"]
 
@@ -71,8 +69,9 @@ def export_folder(
     if is_fused:
         check_packs(origin, planned)
     prints: dict[str, int] = {}
+    known: dict[object, Layout] = {}
     blocks = [
-        _block(planned[name], origin, dialect, prints) if name in planned else origin.plain(name)
+        _block(planned[name], origin, dialect, prints, known) if name in planned else origin.plain(name)
         for name in origin.tensors
     ]
     with staged(path, overwrite=overwrite) as staging:
@@ -101,11 +100,12 @@ def _counted(blocks: Sequence[Block], on_progress: OnProgress) -> Callable[[Bloc
 # -------------------------------------------------------------------- writing
 
 
-def _block(planned: Planned, origin: Origin, dialect: Dialect, prints: dict[str, int]) -> Block:
+def _block(
+    planned: Planned, origin: Origin, dialect: Dialect, prints: dict[str, int], known: dict[object, Layout]
+) -> Block:
     name = planned.name
     stem = name.removesuffix("weight")
-    meta = planned.meta
-    tails = _layout(dialect, meta.spec, meta.stored_shape, meta.dtype, meta.surroundings)
+    tails = _layout(dialect, planned.meta, known)
     layout = {f"{stem}{tail}": stored for tail, stored in tails.items()}
 
     def produce(append: Append) -> None:
@@ -117,13 +117,15 @@ def _block(planned: Planned, origin: Origin, dialect: Dialect, prints: dict[str,
     return Block(name, layout, produce)
 
 
-@lru_cache(maxsize=256)  # weights of a model have few shapes
-def _layout(
-    dialect: Dialect, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype, surroundings: Surroundings
-) -> Layout:
-    """Shapes and types of the tensors of a weight: those that the dialect makes of one without values."""
-    tails = dialect.write(described(spec, shape, dtype, surroundings))
-    return {tail: (tuple(tensor.shape), tensor.dtype) for tail, tensor in tails.items()}
+def _layout(dialect: Dialect, meta: QuantTensor, known: dict[object, Layout]) -> Layout:
+    """Shapes and types of the tensors of a weight: those that the dialect makes of one without values.
+
+    known: what was found before; weights of a model have few shapes, and finding out takes milliseconds.
+    """
+    kind = (meta.spec, meta.stored_shape, meta.dtype, meta.surroundings)
+    if kind not in known:
+        known[kind] = {tail: (tuple(tensor.shape), tensor.dtype) for tail, tensor in dialect.write(meta).items()}
+    return known[kind]
 
 
 @torch.no_grad()

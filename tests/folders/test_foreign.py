@@ -216,9 +216,10 @@ def sound(format: str, spec: str, folder: Path, **options) -> ModelFolder:
     return replace(open_folder(folder), entries=kept)
 
 
-KINDS = [("gptq", "int4g32z"), ("gptq", "int3g32"), ("awq", "int4g32z"), ("compressed-tensors", "int4g32z"),
+KINDS = [("gptq", "int4g32z"), ("gptq", "int3g32"), ("awq", "int4g32z"), ("awq", "int4"),
+         ("compressed-tensors", "int4g32z"),
          ("compressed-tensors", "int8"), ("compressed-tensors", "fp8e4m3"), ("compressed-tensors", "mxfp4"),
-         ("bitsandbytes", "nf4g32dq"), ("bitsandbytes", "fp4g64"), ("hqq", "int3g32f")]  # fmt: skip
+         ("bitsandbytes", "nf4g32dq"), ("bitsandbytes", "fp4g64"), ("hqq", "int3g32f"), ("hqq", "int8g64")]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
@@ -295,16 +296,16 @@ def survives(whole: ModelFolder, data) -> None:
             assert weight.dequantize().shape == weight.shape
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hostile_folders_are_errors(whole, data):
     survives(whole, data)
 
 
 @pytest.mark.slow
-@settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_hostile_folders_are_errors_ten_thousand_times(whole, data):
+def test_hostile_folders_are_errors_ten_thousand_times_for_each_format(whole, data):
     survives(whole, data)
 
 
