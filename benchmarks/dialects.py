@@ -1,6 +1,6 @@
 """Folders in other programs' dialects, both ways: ours opened by them, theirs opened by us; how far logits differ.
 
-    python -m benchmarks.dialects [--python NAME=PATH ...] [--only WORDS] [--json FILE]
+    python -m benchmarks.dialects [--python NAME=PATH ...] [--only WORDS] [--model FOLDER] [--json FILE]
 
 NAME is what a case runs with: gptqmodel (with optimum), compressed-tensors, llmcompressor, transformers4 (4.57 with
 hqq), bitsandbytes, hqq, each a Python that has the package and transformers; without a PATH the last two run with this
@@ -192,9 +192,9 @@ def logits_of(model, ids):
     return model(input_ids=torch.tensor([ids])).logits.float()
 
 
-def written(case, python, work, ids, calibration):
+def written(case, python, work, source, ids, calibration):
     """A folder of ours, opened by them."""
-    model = AutoModelForCausalLM.from_pretrained(reference.FOLDER, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     request = dict(case.ours)
     method = request.pop("method")
     needs_data = method == "gptq" or "static" in str(request.get("activation"))
@@ -202,40 +202,41 @@ def written(case, python, work, ids, calibration):
     if case.load["dtype"] == "bfloat16":
         model = model.bfloat16()
     folder = work / "folder"
-    report = ptqc.export(model, case.format, folder, tokenizer=str(reference.FOLDER), **case.export)
+    report = ptqc.export(model, case.format, folder, tokenizer=source, **case.export)
     theirs, said = ask(python, case, work, ids, {"folder": str(folder)})
-    return logits_of(model, ids), theirs, said | {"bytes": report.nbytes} | _closer(case, model, theirs, ids)
+    return logits_of(model, ids), theirs, said | {"bytes": report.nbytes} | _closer(case, model, source, theirs, ids)
 
 
-def read(case, python, work, ids, calibration):
+def read(case, python, work, source, ids, calibration):
     """A folder of theirs, opened by us."""
     folder = work / "folder"
     rows = [row.flatten().tolist() for row in calibration]
-    more = {"folder": str(folder), "model": str(reference.FOLDER), "calibration": rows, **case.theirs}
+    more = {"folder": str(folder), "model": source, "calibration": rows, **case.theirs}
     theirs, said = ask(python, case, work, ids, more)
     if theirs is None:
         return None, None, said
     model = ptqc.load(folder, dtype=torch.float32).eval()
-    return logits_of(model, ids), theirs, said | _closer(case, model, theirs, ids)
+    return logits_of(model, ids), theirs, said | _closer(case, model, source, theirs, ids)
 
 
-def _closer(case, model, theirs, ids):
+def _closer(case, model, source, theirs, ids):
     """The error once inputs are rounded as they do it."""
     if theirs is None or not case.steps:
         return {}
-    return {"relative_with_their_steps": _relative(theirs, with_their_steps(model, case.steps, ids))}
+    return {"relative_with_their_steps": _relative(theirs, with_their_steps(model, source, case.steps, ids))}
 
 
-def measure(case, direction, pythons, ids, calibration):
+def measure(case, direction, pythons, source, ids, calibration):
     """A row of the results."""
     row = {"case": case.name, "format": case.format, "direction": direction, "because": case.because}
+    row["model"] = Path(source).name
     python = pythons.get(case.python)
     if python is None:
         return row | {"failed": f"not run: no Python with {case.python} given"}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         act = written if direction == "written" else read
-        ours, theirs, said = act(case, python, Path(folder), ids, calibration)
+        ours, theirs, said = act(case, python, Path(folder), source, ids, calibration)
     row |= said | {"seconds": round(time.perf_counter() - started, 1)}
     if theirs is None:
         return row
@@ -248,10 +249,10 @@ def _relative(theirs, ours):
 
 
 @torch.no_grad()
-def with_their_steps(model, steps, ids):
+def with_their_steps(model, source, steps, ids):
     """The logits of our weights where inputs are rounded as the other program rounds them: symmetric int8 per token,
     `steps` to the largest magnitude."""
-    plain = AutoModelForCausalLM.from_pretrained(reference.FOLDER, dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def round_input(module, inputs):
         step = (inputs[0].abs().amax(-1, keepdim=True) / steps).clamp_min(1e-30)
@@ -269,6 +270,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--model", default=str(reference.FOLDER), help="a Llama with that tokenizer")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -282,7 +284,7 @@ def main():
         for case in cases:
             if chosen.only not in f"{case.name} {direction} {case.python}":
                 continue
-            row = measure(case, direction, pythons, ids, calibration)
+            row = measure(case, direction, pythons, chosen.model, ids, calibration)
             rows = [old for old in rows if (old["case"], old["direction"]) != (case.name, direction)] + [row]
             shown = f"{row['relative']:.1e}" if "relative" in row else row["failed"]
             print(f"{direction}: {case.name}: {shown}", file=sys.stderr, flush=True)
