@@ -76,7 +76,5 @@ def _scale(x: Tensor, act: ActSpec, largest: float, scale: Tensor | None) -> Ten
         return scale.float()
     if x.numel() == 0:  # an expert that no token chose
         return torch.ones((*x.shape[:-1], 1) if act.scale == "token" else (), device=x.device)
-    if x.numel() == 0:  # an expert that no token chose
-        return torch.ones((*x.shape[:-1], 1) if act.scale == "token" else (), device=x.device)
     magnitude = x.abs().amax(-1, keepdim=True) if act.scale == "token" else x.abs().amax()
     return magnitude.float().clamp_min(_SMALLEST) / largest

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ptqc.errors import SpecError
 
-__all__ = ["factors_of", "hadamard", "matrix", "rotate", "rotate_back", "rotation_name"]
+__all__ = ["factors", "factors_of", "hadamard", "matrix", "rotate", "rotate_back", "rotation_name"]
 
 Signs = npt.NDArray[np.int8]
 
@@ -248,6 +248,14 @@ def matrix(name: str) -> Tensor:
     for factor in _parse(name):
         whole = torch.kron(whole, torch.tensor(factor))
     return whole
+
+
+def factors(name: str) -> tuple[npt.NDArray[np.float64], ...]:
+    """Orthogonal matrices whose Kronecker product is the rotation, at most 64 or the order of one factor each.
+
+    Raises: SpecError if the name does not parse.
+    """
+    return _parse(name)
 
 
 def rotate(x: Tensor, name: str) -> Tensor:

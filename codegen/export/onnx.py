@@ -1,14 +1,12 @@
-"""ONNX: the graph of one forward pass with float weights; stored weights enter it decoded.
+"""ONNX: the graph of one pass of the model, with stored weights in the operators that runtimes have for them.
 
-A causal language model of transformers becomes a graph from tokens to logits, of any batch size and length:
-
-    input_ids [batch, sequence] int64, attention_mask [batch, sequence] int64 -> logits [batch, sequence, vocabulary]
-
-Any other module needs `example_inputs`; the first axis of every input is then of any size.
+A causal language model becomes a graph from tokens, and the keys and values of the tokens before, to logits (see
+`_onnx_trace`); any other module needs `example_inputs`. Linears with integer weights become `MatMulNBits` of ONNX
+Runtime, or DequantizeLinear and MatMul of the ONNX standard; those with int8 weights and inputs `MatMulInteger`.
+Weights that these cannot hold (codebooks, lattices, blocks of rows) are decoded to floats, and the report says so.
 """
 
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,27 +16,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
+import onnx_ir as ir
 import onnxscript  # noqa: F401 - torch.onnx.export needs it, and would say so only after tracing
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
+from ptqc.codegen.export._onnx_fold import Folded, Form, fold
+from ptqc.codegen.export._onnx_stored import decompositions
+from ptqc.codegen.export._onnx_trace import Trace, language_model, plain_module, refuse_unknown_inputs
 from ptqc.codegen.exporters import EXPORTERS, ExportedTensor, Fate, Written
-from ptqc.errors import ExportError
+from ptqc.errors import ExportError, first_line
 from ptqc.qtensor import QuantTensor
 
 __all__ = ["ONNX"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """A module and how to call it. axes: per input, the axes of any size and their names."""
-
-    module: nn.Module
-    inputs: Mapping[str, Tensor]
-    axes: Mapping[str, Mapping[int, str]]
-    outputs: tuple[str, ...] | None = None
+_FORMS: tuple[Form, ...] = ("nbits", "standard", "float")
+_OPSET = {"nbits": 20, "standard": 21, "float": 20}
+"""DequantizeLinear knows blocks and 4 bits from 21 on."""
 
 
 @EXPORTERS.register("onnx")
@@ -46,14 +42,17 @@ class _Trace:
 class ONNX:
     """Writes ONNX.
 
+    quant: how linears are stored: "nbits" (ONNX Runtime's MatMulNBits), "standard" (DequantizeLinear) or "float".
     example_inputs: tensors to trace with, by position or by name. attention_mask: whether a language model takes one.
-    dtype: of the weights ("float32", "float16", "bfloat16"); None keeps float16 and float32, and widens bfloat16, which
-    ONNX Runtime does not compute on CPUs. external_data: weights in a second file, `<name>.data`; None: where one file
-    cannot hold them (2 GB).
+    cache: whether it takes and gives keys and values, to generate with. dtype: of floats ("float32", "float16",
+    "bfloat16"); None keeps float16 and float32, and widens bfloat16, which ONNX Runtime does not compute on CPUs.
+    external_data: weights in a second file, `<name>.data`; None: where one file cannot hold them (2 GB).
     """
 
+    quant: Form = "nbits"
     example_inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None
     attention_mask: bool = True
+    cache: bool = True
     dtype: str | None = None
     external_data: bool | None = None
 
@@ -62,6 +61,8 @@ class ONNX:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *_DTYPES):
             raise ExportError(f"onnx writes no {self.dtype!r} weights; dtype may be {', '.join(_DTYPES)}")
+        if self.quant not in _FORMS:
+            raise ExportError(f"onnx has no form {self.quant!r} of linears; quant may be {', '.join(_FORMS)}")
 
     def refuses(self, name: str, weight: Tensor) -> str | None:
         """Nothing: every weight can be decoded."""
@@ -70,91 +71,100 @@ class ONNX:
     def prepare(self, model: nn.Module, tokenizer: Any) -> Callable[[Path], Written]:
         """See `ptqc.codegen.exporters.Exporter`; a graph holds no tokenizer."""
         if self.example_inputs is None:
-            _refuse_unknown_inputs(model)
-        plain, tensors = decoded_copy(model, self.dtype)
-        trace = _language_model(plain, self.attention_mask) if self.example_inputs is None else self._module(plain)
+            refuse_unknown_inputs(model)
+        plain, tensors = typed_copy(model, self.dtype)
+        if self.example_inputs is None:
+            trace = language_model(plain, takes_mask=self.attention_mask, has_cache=self.cache)
+        else:
+            trace = plain_module(plain, self.example_inputs)
         return lambda path: self._write(trace, path, tensors)
 
-    def _module(self, model: nn.Module) -> _Trace:
-        given = self.example_inputs
-        assert given is not None
-        inputs = given if isinstance(given, Mapping) else inspect.signature(model.forward).bind(*given).arguments
-        return _Trace(model, inputs, {name: {0: "batch"} for name, value in inputs.items() if value.ndim > 0})
-
-    def _write(self, trace: _Trace, path: Path, tensors: tuple[ExportedTensor, ...]) -> Written:
+    def _write(self, trace: Trace, path: Path, tensors: Sequence[ExportedTensor]) -> Written:
         try:
             with _quiet(), torch.no_grad():
-                program = torch.onnx.export(
-                    trace.module,
-                    kwargs=dict(trace.inputs),
-                    dynamic_shapes={name: dict(trace.axes.get(name, {})) for name in trace.inputs},
-                    input_names=list(trace.inputs),
-                    output_names=trace.outputs,
-                    dynamo=True,
-                    verbose=False,
-                )
-            assert program is not None
+                program = self._program(trace)
+        except Exception as error:  # what torch.export does not understand fails in any way
+            raise ExportError(f"the model does not become an ONNX graph: {first_line(error)}") from error
+        folded = fold(program.model, self.quant)
+        _name_axes(program.model, trace)
+        with _quiet():
             program.save(path, external_data=self.external_data)
-            onnx.checker.check_model(str(path), full_check=True)
-        except (torch.onnx.OnnxExporterError, onnx.checker.ValidationError) as error:
-            raise ExportError(f"the model does not become an ONNX graph: {str(error).splitlines()[0]}") from error
-        return Written(tensors)
+        try:
+            onnx.checker.check_model(str(path), full_check=self.quant != "nbits")
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"the graph is not valid ONNX: {first_line(error)}") from error
+        return _written(tensors, folded, trace.prefix)
 
-
-class _Logits(nn.Module):
-    """A language model from tokens to logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits
-
-
-def _language_model(model: nn.Module, takes_mask: bool) -> _Trace:
-    ids = torch.arange(16, device=next(model.parameters()).device).view(2, 8)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if takes_mask else {"input_ids": ids}
-    return _Trace(_Logits(model), inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}, ("logits",))
-
-
-def _refuse_unknown_inputs(model: nn.Module) -> None:
-    can_generate = getattr(model, "can_generate", None)
-    config = getattr(model, "config", None)
-    if not (callable(can_generate) and can_generate()) or getattr(config, "is_encoder_decoder", False):
-        raise ExportError(
-            f"how to call a {type(model).__name__} is unknown (only causal language models of transformers are): "
-            "pass example_inputs=, a tuple or a dict of tensors"
+    def _program(self, trace: Trace) -> Any:
+        program = torch.export.export(
+            trace.module, (), dict(trace.inputs), dynamic_shapes=_dynamic(trace.axes), strict=False
+        )
+        return torch.onnx.export(
+            program.run_decompositions(decompositions()),
+            input_names=trace.input_names,
+            output_names=trace.output_names or None,
+            opset_version=_OPSET[self.quant],
+            dynamo=True,
+            verbose=False,
         )
 
 
-def decoded_copy(model: nn.Module, dtype: str | None) -> tuple[nn.Module, tuple[ExportedTensor, ...]]:
-    """A copy of a model in evaluation mode, float weights shared with it and stored ones decoded.
+def _dynamic(axes: Any) -> Any:
+    """Every named axis as one of any size, in the same structure."""
+    if isinstance(axes, Mapping):
+        return {key: Dim.DYNAMIC if isinstance(key, int) else _dynamic(value) for key, value in axes.items()}
+    return type(axes)(_dynamic(value) for value in axes)
 
-    dtype: of the weights and saved buffers; None keeps it, bfloat16 excepted. Tied weights stay tied.
+
+def _name_axes(model: ir.Model, trace: Trace) -> None:
+    for value, axes in zip(model.graph.inputs, trace.flat_axes, strict=True):
+        assert value.shape is not None
+        value.shape = ir.Shape([axes.get(axis, size) for axis, size in enumerate(value.shape)])
+
+
+def _written(tensors: Sequence[ExportedTensor], folded: Mapping[str, Folded], prefix: str) -> Written:
+    known = {name.removeprefix(prefix): what for name, what in folded.items()}
+    made, reasons = [], list[str]()
+    for tensor in tensors:
+        what = known.get(tensor.name)
+        if what is None:
+            made.append(tensor)  # a float, or a stored weight that equals another one and is held once
+            continue
+        made.append(ExportedTensor(tensor.name, tensor.stored_name, what.stored_as, "lossless", what.nbytes))
+        if what.reason is not None:
+            reasons.append(what.reason)
+    notes = [f"{reasons.count(reason)} weights are decoded to floats: {reason}" for reason in dict.fromkeys(reasons)]
+    return Written(tuple(made), tuple(notes))
+
+
+def typed_copy(model: nn.Module, dtype: str | None) -> tuple[nn.Module, tuple[ExportedTensor, ...]]:
+    """A copy of a model in evaluation mode with floats of one type, weights shared with it wherever they are of it.
+
+    dtype: of the weights and saved buffers; None keeps it, bfloat16 excepted. Tied weights stay tied. Stored weights
+    pretend to be of that type.
     """
     replaced: dict[int, Any] = {}
     tensors = []
     for name, weight in model.named_parameters():
-        decoded = weight.dequantize() if isinstance(weight, QuantTensor) else weight.detach()
-        plain = _cast(decoded, dtype)
+        plain = _typed(weight.detach(), dtype)
         replaced[id(weight)] = nn.Parameter(plain, requires_grad=False)
-        fate: Fate = "lossless" if torch.promote_types(plain.dtype, decoded.dtype) == plain.dtype else "converted"
+        if isinstance(plain, QuantTensor):
+            tensors.append(ExportedTensor(name, name, str(plain.spec), "lossless", 0))
+            continue
+        fate: Fate = "lossless" if torch.promote_types(plain.dtype, weight.dtype) == plain.dtype else "converted"
         stored_as = str(plain.dtype).removeprefix("torch.")
-        tensors.append(ExportedTensor(name, name, stored_as, fate, plain.numel() * plain.element_size()))
+        tensors.append(ExportedTensor(name, name, stored_as, fate, plain.nbytes))
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        replaced[id(buffer)] = _cast(buffer, dtype) if name in saved else buffer
+        replaced[id(buffer)] = _typed(buffer, dtype) if name in saved else buffer
     return copy.deepcopy(model, replaced).eval(), tuple(tensors)
 
 
-def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
+def _typed(tensor: Tensor, dtype: str | None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    if dtype is None:
-        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    return tensor.to(_DTYPES[dtype])
+    wanted = _DTYPES[dtype] if dtype else torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    return tensor.with_parts(tensor.parts, dtype=wanted) if isinstance(tensor, QuantTensor) else tensor.to(wanted)
 
 
 @contextmanager
