@@ -3,7 +3,7 @@
     model = ptqc.quantize(model, "hqq", bits=4)                     # in place
     fast = torch.compile(model, backend="ptqc")                     # kernels; also on a float model, with options
     ptqc.save(model, "out"); model = ptqc.load("out")               # a Hugging Face folder
-    ptqc.export(model, "gguf", "model-Q4_0.gguf", quant="Q4_0", tokenizer="folder")
+    ptqc.export(model, "gguf", "model-Q4_0.gguf", quant="Q4_0", tokenizer="folder")   # or "gptq", "awq", ...: a folder
 
 Importing this package imports neither torch nor transformers: names are loaded when they are first used.
 """
@@ -17,8 +17,8 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from ptqc.act_spec import ActSpec
     from ptqc.api import quantize, report_of
-    from ptqc.codegen.exporters import export
     from ptqc.errors import PtqcError
+    from ptqc.exports import export
     from ptqc.folders.checkpoint import load, save
     from ptqc.folders.flatten import flatten_state_dict, unflatten_state_dict
     from ptqc.folders.hf import PtqcConfig
@@ -54,7 +54,7 @@ _HOMES = {
     "QuantTensor": "ptqc.qtensor",
     "WeightSpec": "ptqc.spec",
     "auto": "ptqc.auto",
-    "export": "ptqc.codegen.exporters",
+    "export": "ptqc.exports",
     "flatten_state_dict": "ptqc.folders.flatten",
     "inventory": "ptqc.sites",
     "load": "ptqc.folders.checkpoint",

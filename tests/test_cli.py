@@ -449,6 +449,24 @@ def test_export_writes_a_file(run, run_json, quantized, tmp_path):
     assert "model.gguf" in text
 
 
+def test_export_writes_a_folder_without_loading_the_model(run, run_json, quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr("ptqc.folders.checkpoint.load", None)
+    monkeypatch.setattr("ptqc.exports.load", None)
+    out = tmp_path / "gptq"
+    document = run_json("export", quantized, "gptq", "--out", out)
+    assert (document["path"], document["format"]) == (str(out), "gptq")
+    assert {tensor["fate"] for tensor in document["tensors"]} == {"lossless"}
+    assert (out / "tokenizer.json").exists()
+    code, _, err = run("export", quantized, "awq", "--out", out)
+    assert (code, err.splitlines()[-1].endswith("ask for overwrite")) == (2, True)
+    code, text, _ = run("export", out, "compressed-tensors", "--option", "g_idx=true", "--out", out, "--overwrite")
+    assert code == 0
+    assert "int4g32 lossless" in text
+    monkeypatch.undo()
+    code, text, err = run("generate", out, "--prompt", "def main(", "--max-new-tokens", "2")
+    assert code == 0, err
+
+
 # -------------------------------------------------------------------- rendering
 
 

@@ -1,22 +1,25 @@
-"""`ptqc export`: a file that other programs run."""
+"""`ptqc export`: a file or folder that other programs run."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ptqc.cli._models import Model, TrustRemoteCode, load_model
 from ptqc.cli._options import Options, read_options
-from ptqc.cli._output import Json, emit, note
+from ptqc.cli._output import Json, emit, note, progress
 from ptqc.errors import PtqcError
 
 __all__ = ["export"]
 
-Format = Annotated[str, typer.Argument(metavar="FORMAT", help="gguf, onnx, ...")]
-Quant = Annotated[str | None, typer.Option(help="How the format stores the weights, as in Q4_0 or Q8_0 for gguf.")]
-Out = Annotated[Path, typer.Option(help="The file to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
+Format = Annotated[str, typer.Argument(metavar="FORMAT", help="gguf, onnx, gptq, awq, compressed-tensors, ...")]
+Quant = Annotated[
+    str | None,
+    typer.Option(help="How the format stores the weights: a type of gguf (Q4_0); for folders a spec or nearest."),
+]
+Out = Annotated[Path, typer.Option(help="The file, or for formats that are folders the folder, to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
 
 def export(
@@ -29,18 +32,28 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     is_json: Json = False,
 ) -> None:
-    """Write a model to a file of another format."""
-    from ptqc.codegen.exporters import EXPORTERS
-    from ptqc.codegen.exporters import export as write
+    """Write a model in another format. Formats that are folders are written one tensor at a time."""
+    from ptqc.exports import export as write
+    from ptqc.exports import formats, is_folder
     from ptqc.folders.folder import local_folder
+    from ptqc.folders.staging import refuse_target
 
-    if format not in EXPORTERS.names():
-        raise PtqcError(f"no format is called {format!r}; known: {', '.join(EXPORTERS.names())}")
-    if out.exists() and not overwrite:
-        raise PtqcError(f"{out} exists; add --overwrite or name another file")
-    note(f"loading {model}")
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    note(f"writing {out}")
-    report = write(loaded, format, out, quant=quant, tokenizer=str(local_folder(model)), **read_options(option))
+    if format not in formats():
+        raise PtqcError(f"no format is called {format!r}; known: {', '.join(formats())}")
+    options: dict[str, Any] = {"quant": quant, **read_options(option)}
+    if is_folder(format):
+        refuse_target(out.resolve(), overwrite)
+        with progress(f"writing {out}", "bytes") as advance:
+            report = write(
+                local_folder(model), format, out, overwrite=overwrite, trust_remote_code=trust_remote_code,
+                on_progress=advance, **options,
+            )  # fmt: skip
+    else:
+        if out.exists() and not overwrite:
+            raise PtqcError(f"{out} exists; add --overwrite or name another file")
+        note(f"loading {model}")
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        note(f"writing {out}")
+        report = write(loaded, format, out, tokenizer=str(local_folder(model)), **options)
     document = asdict(report) | {"path": str(report.path), "quant": quant}
     emit(document, lambda: typer.echo(str(report)), is_json)

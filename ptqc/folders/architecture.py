@@ -66,6 +66,7 @@ def _built(stored: ModelFolder, trust_remote_code: bool, **options: Any) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=trust_remote_code)
+        config.__dict__.pop("quantization_config", None)  # the architecture alone: how it is stored is our business
         if hasattr(architecture, "_from_config"):
             return architecture._from_config(config, **options)
         return architecture.from_config(config, trust_remote_code=trust_remote_code, **options)

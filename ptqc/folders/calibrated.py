@@ -259,7 +259,7 @@ def _write(
         written = write_folder(staging, blocks, request.max_shard_bytes, target, on_block)
         copy_companions(view.stored.path, staging, with_code=request.trust_remote_code)
         manifest = Manifest(weights, view.sources.tied, recipe_rows(request.recipe))
-        write_config(staging, view.stored, manifest, model_dtype(view.stored))
+        write_config(staging, view.stored, manifest.to_config(), model_dtype(view.stored))
     return weights, written
 
 

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ptqc.errors import CheckpointError, PtqcError
 from ptqc.folders.architecture import architecture_of, cannot_build
 from ptqc.folders.flatten import parts_of, untied
 from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
+from ptqc.folders.foreign import fill_foreign, load_foreign, open_foreign
 from ptqc.folders.manifest import METHOD, Manifest, manifest_of
 from ptqc.folders.shards import Append, Block, assign_shards, write_shards, written_bytes
 from ptqc.folders.skeleton import fill_skeleton
@@ -26,7 +27,7 @@ from ptqc.folders.staging import require_space, staged
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import recipe_of, remember
 
-__all__ = ["load", "manifest_in", "save", "write_folder"]
+__all__ = ["load", "manifest_in", "save", "write_folder", "write_model_files"]
 
 
 # -------------------------------------------------------------------- saving
@@ -54,7 +55,9 @@ def save(
     blocks = [_block(name, tensor) for name, tensor in kept.items()]
     with staged(folder, overwrite=overwrite) as staging:
         write_folder(staging, blocks, max_shard_bytes, Path(folder))
-        _write_model_files(model, manifest, staging, tokenizer)
+        is_float = not manifest.weights and hasattr(getattr(model, "config", None), "save_pretrained")
+        quantization = None if is_float else manifest.to_config()
+        write_model_files(model, quantization, tied, staging, tokenizer)
 
 
 def _refuse_foreign(model: nn.Module) -> None:
@@ -92,10 +95,16 @@ def write_folder(
     return needed
 
 
-def _write_model_files(model: nn.Module, manifest: Manifest, staging: Path, tokenizer: Any) -> None:
+def write_model_files(
+    model: nn.Module, quantization: Mapping[str, Any] | None, tied: Mapping[str, str], staging: Path, tokenizer: Any
+) -> None:
+    """Write what a folder holds beside tensors: config, tokenizer, generation defaults.
+
+    quantization: the `quantization_config`. tied: names of tied parameters with the name that is stored.
+    """
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
-        text = json.dumps({"quantization_config": manifest.to_config()}, indent=2)
+        text = json.dumps({"quantization_config": quantization}, indent=2)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")
         return
     origin = Path(str(getattr(config, "_name_or_path", None) or "/nowhere"))
@@ -103,22 +112,22 @@ def _write_model_files(model: nn.Module, manifest: Manifest, staging: Path, toke
         copy_companions(origin, staging, with_code=hasattr(config, "auto_map"))
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
-    _saved_config(model, manifest).save_pretrained(staging)
+    _saved_config(model, quantization, tied).save_pretrained(staging)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         # Not its save_pretrained: that refuses settings of published models that it merely finds odd.
         (staging / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
 
 
-def _saved_config(model: Any, manifest: Manifest) -> Any:
+def _saved_config(model: Any, quantization: Mapping[str, Any] | None, tied: Mapping[str, str]) -> Any:
     """The config of a transformers model, told about the quantized weights and the ties that hold."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _float_dtype(model)
-    config.quantization_config = manifest.to_config()
-    if not manifest.weights:
-        del config.quantization_config
-    expected, tied = getattr(model, "all_tied_weights_keys", {}), manifest.tied
+    config.__dict__.pop("quantization_config", None)
+    if quantization is not None:
+        config.quantization_config = dict(quantization)
+    expected = getattr(model, "all_tied_weights_keys", {})
     if any(tied.get(alias, alias) != tied.get(name, name) for alias, name in expected.items()):
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
@@ -143,7 +152,8 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load what `save` wrote (or the hub repository "organisation/name").
+    """Load what `save` wrote (or the hub repository "organisation/name"), or what other programs quantized in one of
+    the dialects of `ptqc.codegen.dialects` (gptq, awq, bitsandbytes, hqq, compressed-tensors).
 
     model: a skeleton to fill, needed for anything but a transformers model. dtype: what floating-point tensors become
     and quantized weights pretend to be; by default everything has the dtype it was saved with. Parts of quantized
@@ -152,6 +162,10 @@ def load(
     Raises: CheckpointError that names the file at fault and what would work.
     """
     stored = open_folder(folder)
+    foreign = open_foreign(stored)
+    if foreign is not None:
+        filled = fill_foreign(model, stored, foreign, dtype) if model is not None else None
+        return (filled or load_foreign(stored, foreign, dtype, trust_remote_code)).to(device)
     manifest = manifest_in(stored)
     if model is None:
         return _built(stored, dtype, trust_remote_code).to(device)

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ptqc.errors import CheckpointError
 from ptqc.folders.folder import ModelFolder
-from ptqc.folders.manifest import FLOAT_DTYPES, Manifest, StoredWeight
+from ptqc.folders.manifest import FLOAT_DTYPES, StoredWeight
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.shards import Append, Block
 from ptqc.recipe import Recipe
@@ -96,9 +97,12 @@ def model_dtype(stored: ModelFolder) -> torch.dtype | None:
     return FLOAT_DTYPES.get(name) if isinstance(name, str) else None
 
 
-def write_config(staging: Path, stored: ModelFolder, manifest: Manifest, dtype: torch.dtype | None) -> None:
-    """Write config.json: the source's, and the manifest. dtype: of the model, None if the source does not say."""
-    config = dict(stored.config) | {"quantization_config": manifest.to_config()}
+def write_config(
+    staging: Path, stored: ModelFolder, quantization: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
+    """Write config.json: the source's, with another `quantization_config`. dtype: of the model, None if the source
+    does not say."""
+    config = dict(stored.config) | {"quantization_config": dict(quantization)}
     if dtype is None:
         floats = [entry.dtype for entry in stored.entries.values() if entry.dtype in FLOAT_DTYPES.values()]
         config["dtype"] = str(Counter(floats).most_common(1)[0][0]).removeprefix("torch.")

@@ -11,11 +11,11 @@ from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import Manifest
 from ptqc.qtensor import QuantTensor
 
-__all__ = ["fill_skeleton"]
+__all__ = ["Place", "fill_skeleton", "places_of", "put"]
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A tensor of the skeleton: every name it has there, and every (module, attribute) that holds it."""
 
     tensor: Tensor
@@ -32,32 +32,33 @@ def fill_skeleton(
 
     Raises: CheckpointError if names or shapes do not match one to one.
     """
-    places = _places(model)
+    places = places_of(model)
     sources = _sources(places, stored, manifest)
     placed: dict[str, Tensor] = {}
     for place, name in zip(places, sources, strict=True):
         value = placed.get(name)
-        placed[name] = _put(place, _read(stored, manifest, name, dtype) if value is None else value, name)
+        placed[name] = put(place, _read(stored, manifest, name, dtype) if value is None else value, name)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise CheckpointError(f"{stored.path} has no values for {left[0]} (not saved); build the skeleton on the cpu")
     return model
 
 
-def _places(model: nn.Module) -> list[_Place]:
+def places_of(model: nn.Module) -> list[Place]:
+    """Every parameter and persistent buffer of a model, tied ones once."""
     persistent = model.state_dict(keep_vars=True)
-    places: dict[int, _Place] = {}
+    places: dict[int, Place] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             name = f"{prefix}.{attribute}" if prefix else attribute
             if tensor is not None and name in persistent:
-                place = places.setdefault(id(tensor), _Place(tensor, [], []))
+                place = places.setdefault(id(tensor), Place(tensor, [], []))
                 place.names.append(name)
                 place.owners.append((module, attribute))
     return list(places.values())
 
 
-def _sources(places: list[_Place], stored: ModelFolder, manifest: Manifest) -> list[str]:
+def _sources(places: list[Place], stored: ModelFolder, manifest: Manifest) -> list[str]:
     """The stored name for each place."""
     parts = manifest.layout()
     available = {name for name in stored.entries if name not in parts} | set(manifest.weights)
@@ -84,7 +85,11 @@ def _read(stored: ModelFolder, manifest: Manifest, name: str, dtype: torch.dtype
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _put(place: _Place, value: Tensor, name: str) -> Tensor:
+def put(place: Place, value: Tensor, name: str) -> Tensor:
+    """Put a tensor in a place. name: what it is called in the file. Returns what the model holds then.
+
+    Raises: CheckpointError for another shape.
+    """
     if value.shape != place.tensor.shape:
         found, wanted = tuple(value.shape), tuple(place.tensor.shape)
         raise CheckpointError(f"{name} is stored with shape {found}, the skeleton has {wanted}; give the right module")

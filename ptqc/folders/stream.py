@@ -129,7 +129,8 @@ def _quantize_streamed(
 
         written = write_folder(staging, ordered, request.max_shard_bytes, target, on_block)
         copy_companions(stored.path, staging, with_code=request.trust_remote_code)
-        write_config(staging, stored, Manifest(weights, sources.tied, recipe_rows(request.recipe)), dtype)
+        manifest = Manifest(weights, sources.tied, recipe_rows(request.recipe))
+        write_config(staging, stored, manifest.to_config(), dtype)
     return StreamReport(weights, skipped, total, written, is_streamed=True)
 
 

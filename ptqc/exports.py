@@ -1,0 +1,85 @@
+"""The door to every export: `ptqc.export` for files (`ptqc.codegen.export`) and folders (`ptqc.codegen.dialects`)."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ptqc.codegen.dialect import DIALECTS
+from ptqc.codegen.exporters import EXPORTERS, ExportReport
+from ptqc.codegen.exporters import export as export_file
+from ptqc.errors import ExportError, UnknownNameError
+from ptqc.folders.checkpoint import load
+from ptqc.folders.exporting import export_folder
+from ptqc.folders.folder import open_folder
+from ptqc.folders.origins import of_folder, of_model
+
+__all__ = ["export", "formats", "is_folder"]
+
+_FOLDER_OPTIONS = ("is_fused", "max_shard_bytes", "on_progress", "overwrite")
+_OF_READERS = ("bits", "acts")
+"""Fields of dialects that say what a folder has which is read."""
+
+
+def formats() -> list[str]:
+    """Every name of a format."""
+    return sorted({*EXPORTERS.names(), *(name.replace("_", "-") for name in DIALECTS.names())})
+
+
+def is_folder(format: str) -> bool:
+    """Whether a format is a folder.
+
+    Raises: UnknownNameError naming the formats there are.
+    """
+    if format.replace("_", "-") not in formats() and format not in EXPORTERS.names():
+        raise UnknownNameError(f"no format is called {format!r}; known: {', '.join(formats())}")
+    return format.replace("-", "_") in DIALECTS.names()
+
+
+def export(
+    model: nn.Module | str | os.PathLike[str],
+    format: str,
+    path: str | os.PathLike[str],
+    *,
+    quant: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> ExportReport:
+    """Write a model for other programs to run.
+
+    model: a module, or a model folder; a folder is read one tensor at a time where the format is a folder too.
+    format: a name that `formats()` lists. quant: how the format should store the weights: a type of a gguf file; for
+    folders "nearest" or a spec, see `ptqc.folders.exporting.export_folder`. tokenizer: a tokenizer, or its folder,
+    where the format holds one. options: of the format; folders also take overwrite, max_shard_bytes, is_fused and
+    on_progress.
+    The model is not changed. Nothing is left behind if anything fails.
+
+    Example: `ptqc.export(model, "gptq", "model-gptq")`, `ptqc.export(model, "gguf", "model.gguf", quant="Q4_0")`.
+
+    Raises: ExportError if the format cannot hold the model, or a file cannot be written; CheckpointError for a folder
+    that cannot be read or written; UnknownNameError.
+    """
+    if not is_folder(format):
+        if not isinstance(model, nn.Module):
+            tokenizer = tokenizer if tokenizer is not None else str(model)
+            model = load(model, trust_remote_code=trust_remote_code).eval()
+        return export_file(model, format, path, quant=quant, tokenizer=tokenizer, **options)
+    name = format.replace("-", "_")
+    known = [field.name for field in fields(DIALECTS.get(name)) if field.name not in _OF_READERS]  # type: ignore[arg-type]
+    unknown = sorted(options.keys() - {*known, *_FOLDER_OPTIONS})
+    if unknown:
+        raise ExportError(
+            f'format "{format}" has no option {unknown[0]!r}; its options: {", ".join([*known, *_FOLDER_OPTIONS])}'
+        )
+    if isinstance(model, nn.Module):
+        origin = of_model(getattr(model, "_orig_mod", model))  # torch.compile wraps the module
+    else:
+        origin = of_folder(open_folder(model), trust_remote_code)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+    return export_folder(origin, name, Path(path), quant=quant, tokenizer=tokenizer, **options)
