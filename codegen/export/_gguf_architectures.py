@@ -70,6 +70,12 @@ class Placement:
     weight: Tensor
     rows: Tensor | None = None
 
+    @property
+    def layer(self) -> int:
+        """The layer that the tensor belongs to; 0 for those outside of layers."""
+        parts = self.stored_name.split(".")
+        return int(parts[1]) if parts[0] == "blk" else 0
+
     def arranged(self) -> Tensor:
         """The weight with its rows in the order of the file."""
         weight = self.weight.detach()

@@ -70,7 +70,7 @@ def test_rows_that_no_block_divides_fall_back_to_f16_and_are_noted(tmp_path, ref
     found = types_of(tmp_path / "m.gguf")
     assert found["blk.0.ffn_down.weight"] == "F16"
     assert found["blk.0.ffn_up.weight"] == "Q8_0"
-    assert report.notes == ("2 weights as F16, no block divides their rows: model.layers.0.mlp.down_proj.weight ...",)
+    assert report.notes == ("2 weights as F16, no block of Q8_0 divides their rows: model.layers.0.mlp.down_proj.weight ...",)
 
 
 def test_a_quantized_model_is_carried_over_bit_for_bit(tmp_path, reference_folder):
@@ -170,7 +170,7 @@ def test_a_bad_weight_leaves_nothing_and_is_named(tmp_path, reference_folder):
 
 
 def test_what_cannot_be_written_is_said_before_writing(tmp_path, reference_folder):
-    with pytest.raises(ExportError, match=r"no 'Q9_0' yet; quant may be F32, F16, BF16, Q8_0, Q4_0"):
+    with pytest.raises(ExportError, match=r"no 'Q9_0'; quant may be F32, F16, BF16, Q8_0, Q4_0"):
         export(small_model(), "gguf", tmp_path / "m.gguf", quant="Q9_0", tokenizer=reference_folder)
     with pytest.raises(ExportError, match=r"holds its tokenizer: pass tokenizer="):
         export(small_model(), "gguf", tmp_path / "m.gguf", quant="Q8_0")
