@@ -17,8 +17,9 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from ptqc.act_spec import ActSpec
     from ptqc.api import quantize, report_of
-    from ptqc.codegen.exporters import export
+    from ptqc.channel_importance import importance
     from ptqc.errors import PtqcError
+    from ptqc.exporting import export
     from ptqc.folders.checkpoint import load, save
     from ptqc.folders.flatten import flatten_state_dict, unflatten_state_dict
     from ptqc.folders.hf import PtqcConfig
@@ -36,6 +37,7 @@ __all__ = [
     "auto",
     "export",
     "flatten_state_dict",
+    "importance",
     "inventory",
     "load",
     "plan",
@@ -54,8 +56,9 @@ _HOMES = {
     "QuantTensor": "ptqc.qtensor",
     "WeightSpec": "ptqc.spec",
     "auto": "ptqc.auto",
-    "export": "ptqc.codegen.exporters",
+    "export": "ptqc.exporting",
     "flatten_state_dict": "ptqc.folders.flatten",
+    "importance": "ptqc.channel_importance",
     "inventory": "ptqc.sites",
     "load": "ptqc.folders.checkpoint",
     "plan": "ptqc.plan",

@@ -35,11 +35,20 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Field:
-    """A metadata key and where the configuration has its value: a name, or a function of it. None leaves it out."""
+    """A metadata key and where the configuration has its value: a name, or a function of it. None leaves it out.
+
+    sets: the setting that the key gives when a file is read, where it is not the source.
+    """
 
     key: str
     kind: GGUFValueType
     source: str | Callable[[Any], Any]
+    sets: str | None = None
+
+    @property
+    def attribute(self) -> str | None:
+        """The setting that follows from the key."""
+        return self.sets or (self.source if isinstance(self.source, str) else None)
 
     def read(self, config: Any) -> Any:
         """The value, or None."""
@@ -95,7 +104,7 @@ _DECODER = (
     Field(Keys.LLM.FEED_FORWARD_LENGTH, UINT, "intermediate_size"),
     Field(Keys.Attention.HEAD_COUNT, UINT, "num_attention_heads"),
     Field(Keys.Attention.HEAD_COUNT_KV, UINT, "num_key_value_heads"),
-    Field(Keys.Attention.KEY_LENGTH, UINT, head_dim),
+    Field(Keys.Attention.KEY_LENGTH, UINT, head_dim, "head_dim"),
     Field(Keys.Attention.VALUE_LENGTH, UINT, head_dim),
     Field(Keys.Attention.LAYERNORM_RMS_EPS, FLOAT, "rms_norm_eps"),
     Field(Keys.Rope.DIMENSION_COUNT, UINT, head_dim),

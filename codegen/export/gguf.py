@@ -143,8 +143,8 @@ def _notes(tensors: Sequence[Planned]) -> tuple[str, ...]:
         if isinstance(weight, QuantTensor) and tensor.fate == "requantized":
             anew[str(weight.spec), tensor.kind.name, carried(weight, tensor.kind) is not None] += 1
     for (spec, kind, is_kept), count in anew.items():
-        done = "codes kept, minima rounded to float16" if is_kept else f"a grid that {kind} lacks: decoded and encoded"
-        notes.append(f"{count} weights stored as {spec} into {kind}, {done}{'' if is_kept else ' again'}")
+        kept, lost = "codes kept, minima rounded to float16", "a grid it lacks: decoded and encoded again"
+        notes.append(f"{count} weights stored as {spec} into {kind}, {kept if is_kept else lost}")
     undivided: dict[tuple[str, str], list[str]] = {}
     for tensor in tensors:
         if tensor.wanted not in (None, tensor.kind.name):

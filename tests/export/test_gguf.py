@@ -97,7 +97,10 @@ def test_another_grid_is_requantized_and_noted(tmp_path, reference_folder):
     model = quantized(small_model(), "nf4g32")
     report = export(model, "gguf", tmp_path / "m.gguf", quant="Q4_0", tokenizer=reference_folder)
     assert sum(tensor.fate == "requantized" for tensor in report.tensors) == 14
-    assert report.notes == ("14 weights stored as nf4g32, a grid that Q4_0 lacks: decoded and encoded again",)
+    assert report.notes == (
+        "14 weights stored as nf4g32 into Q4_0, a grid it lacks: decoded and encoded again",
+        "1 weights as Q8_0, no block of Q6_K divides their rows: lm_head.weight ...",
+    )
 
 
 def test_without_a_request_every_weight_stays_as_it_is(tmp_path, reference_folder):
