@@ -75,7 +75,8 @@ class Carried:
         rows, columns = self.weight.shape
         per_row = columns // self.kind.weights
         names = ["scale", "zero"] if spec.zero == "min" else ["scale"]
-        integers = [unpack_linear(parts[name][at], spec.scale.bits or 8, columns // (spec.group or 1)) for name in names]
+        groups = columns // (spec.group or 1)
+        integers = [unpack_linear(parts[name][at], spec.scale.bits or 8, groups) for name in names]
         outer = [parts[f"{name}_outer"].view(rows, per_row)[at].reshape(-1) for name in names]
         scales = torch.cat([part.reshape(len(codes), -1) for part in integers], dim=1)
         return Fields(codes, torch.stack(outer, 1).cpu().numpy(), scales.cpu().numpy())

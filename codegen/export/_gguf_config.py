@@ -39,18 +39,26 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     try:
         config = transformers.AutoConfig.for_model(kinds[0], **settings)
     except Exception as error:  # hostile values fail anywhere in transformers, in any way
-        raise CheckpointError(f"{contents.path} describes no {name} model: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{contents.path} describes no {name} model: {reason}") from error
     return architecture, _with_factors(config, contents)
 
 
+_UNBOUNDED = frozenset({"max_position_embeddings", "sliding_window", "num_hidden_layers"})
+"""Settings that no tensor is as wide as; nothing is allocated by them (layers are counted first)."""
+
+
 def _settings(contents: Contents, architecture: Architecture) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
+    widest = max((max(at.shape) for at in contents.tensors.values()), default=0)
     for field in architecture.fields:
         value = contents.metadata.get(field.key.format(arch=architecture.name))
         if field.attribute is None or value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise CheckpointError(f"{contents.path} has {value!r} as {field.key.format(arch=architecture.name)}")
+        if field.attribute not in _UNBOUNDED and value > widest:
+            raise CheckpointError(f"{contents.path} announces {field.attribute} {value}, no tensor in it is as wide")
         found[field.attribute] = value
     if _EMBEDDING not in contents.tensors:
         raise CheckpointError(f"{contents.path} has no {_EMBEDDING}: it holds no language model")

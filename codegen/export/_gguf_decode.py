@@ -29,14 +29,14 @@ def decode_tensor(contents: Contents, name: str, dtype: torch.dtype, rows: Tenso
     Raises: CheckpointError for numbers that are not finite, codes without a level, and types nobody here decodes.
     """
     at = contents.tensors[name]
-    data = contents.read(name)
+    data = contents.read(name).reshape(at.shape[0], -1)
     if rows is not None:
         arranged = np.empty_like(data)
         arranged[rows.numpy()] = data
         data = arranged
     kind = TYPES.get(at.kind.name)
     if at.kind in _FLOATS:
-        floats = torch.from_numpy(data).view(_FLOATS[at.kind]).to(dtype)
+        floats = torch.from_numpy(data).view(_FLOATS[at.kind]).reshape(at.shape).to(dtype)
         return _finite(floats, contents, name)
     if kind is None or kind.layout is None or len(at.shape) != 2:
         return _finite(_by_package(contents, name, data, at.kind).to(dtype), contents, name)
@@ -56,7 +56,7 @@ def _by_package(contents: Contents, name: str, data: NDArray[np.uint8], kind: GG
             numbers = gguf.quants.dequantize(data, kind)
     except NotImplementedError as error:
         known = ", ".join(TYPES)
-        raise CheckpointError(f"{contents.path} stores {name} as {kind.name}; types that can be read: {known}") from error
+        raise CheckpointError(f"{contents.path} stores {name} as {kind.name}; types to be read: {known}") from error
     return torch.from_numpy(np.ascontiguousarray(numbers, np.float32).reshape(contents.tensors[name].shape))
 
 

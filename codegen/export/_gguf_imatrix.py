@@ -82,7 +82,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Floats]:
     found = _read_gguf(source) if magic == _MAGIC else _read_dat(source)
     for name, values in found.items():
         if not np.isfinite(values).all() or (values < 0).any():
-            raise CheckpointError(f"{source} holds NaN, infinite or negative means of squares for {name}; make it again")
+            raise CheckpointError(f"{source} holds NaN, infinite or negative numbers for {name}; make it again")
     return found
 
 

@@ -70,7 +70,8 @@ def test_rows_that_no_block_divides_fall_back_to_f16_and_are_noted(tmp_path, ref
     found = types_of(tmp_path / "m.gguf")
     assert found["blk.0.ffn_down.weight"] == "F16"
     assert found["blk.0.ffn_up.weight"] == "Q8_0"
-    assert report.notes == ("2 weights as F16, no block of Q8_0 divides their rows: model.layers.0.mlp.down_proj.weight ...",)
+    first = "model.layers.0.mlp.down_proj.weight"
+    assert report.notes == (f"2 weights as F16, no block of Q8_0 divides their rows: {first} ...",)
 
 
 def test_a_quantized_model_is_carried_over_bit_for_bit(tmp_path, reference_folder):
