@@ -8,9 +8,9 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_decode import _stored
 from ptqc.codegen.export._gguf_layouts import LAYOUTS, Fields, Plane
-from ptqc.codegen.export._gguf_blocks import TYPES
 
 
 def random_blocks(name, count, seed):
