@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gguf import Keys
+from gguf import GGUFValueType, Keys
 
 from ptqc.codegen.export._gguf_architectures import ARCHITECTURES, Architecture
 from ptqc.codegen.export._gguf_parse import Contents
@@ -34,7 +34,10 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     settings = _settings(contents, architecture)
     _check_layers(contents, settings)
     settings |= {row: contents.metadata.get(key) for row, key in _SPECIAL.items()}
-    settings |= architecture.fixed | _from_tensors(contents)
+    settings |= {name: value for name, value in architecture.fixed.items() if not callable(value)}
+    settings |= _from_tensors(contents)
+    if "query_pre_attn_scalar" in architecture.fixed:
+        settings["query_pre_attn_scalar"] = settings.get("head_dim")
     settings["rope_parameters"] = _rotary(contents, architecture, settings)
     try:
         config = transformers.AutoConfig.for_model(kinds[0], **settings)
@@ -54,6 +57,9 @@ def _settings(contents: Contents, architecture: Architecture) -> dict[str, Any]:
     for field in architecture.fields:
         value = contents.metadata.get(field.key.format(arch=architecture.name))
         if field.attribute is None or value is None:
+            continue
+        if isinstance(value, bool) and field.kind == GGUFValueType.BOOL:
+            found[field.attribute] = value
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise CheckpointError(f"{contents.path} has {value!r} as {field.key.format(arch=architecture.name)}")
@@ -79,8 +85,9 @@ def _check_layers(contents: Contents, settings: Mapping[str, Any]) -> None:
 def _from_tensors(contents: Contents) -> dict[str, Any]:
     """Settings that show in which tensors there are."""
     return {
-        "attention_bias": "blk.0.attn_q.bias" in contents.tensors,
+        "attention_bias": bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & contents.tensors.keys()),
         "mlp_bias": "blk.0.ffn_down.bias" in contents.tensors,
+        "use_bias": "blk.0.ffn_down.bias" in contents.tensors,
     }
 
 
@@ -99,8 +106,15 @@ def _rotary(contents: Contents, architecture: Architecture, settings: Mapping[st
             attention = key(Keys.Rope.SCALING_ATTN_FACTOR, 1.0) * (0.1 * math.log(factor) + 1)
             context = key(Keys.Rope.SCALING_ORIG_CTX_LEN, settings.get("max_position_embeddings"))
             parameters |= {"attention_factor": attention, "original_max_position_embeddings": context}
-    elif kind not in ("none", "default"):
+    elif kind not in ("none", "default", ""):
         raise CheckpointError(f"{contents.path} scales its rotary frequencies as {kind!r}; linear and yarn can be read")
+    rotated, head = key(Keys.Rope.DIMENSION_COUNT), settings.get("head_dim")
+    if architecture.rotates_partly and isinstance(rotated, int) and head:
+        parameters["partial_rotary_factor"] = rotated / head
+    narrow = key(Keys.Rope.FREQ_BASE_SWA)
+    if narrow is not None:
+        sliding = {"rope_type": "default", "rope_theta": narrow}
+        return {"full_attention": parameters, "sliding_attention": sliding}
     return parameters
 
 

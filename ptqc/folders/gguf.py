@@ -46,6 +46,8 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         if at.stored_name in _DERIVED:
             continue
         value = decode_tensor(contents, at.stored_name, dtype or torch.float32, at.rows)
+        if at.offset:
+            value = value - at.offset
         if id(at.weight) not in parameters:
             at.weight.copy_(value)
             continue
