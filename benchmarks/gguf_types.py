@@ -2,8 +2,8 @@
 
 Weights: all matrices of the reference model whose rows are whole superblocks. Importance: the mean square of their
 inputs on calibration text, the same for both sides. Error: sum of importance times squared difference (importance 1
-without), decoded by the `gguf` package; the ratio is that of ours to that of llama.cpp, mean over matrices, and the worst
-matrix. Speed: millions of weights a second on all cores, of a normal matrix of 4 million weights, least time of several.
+without), decoded by the `gguf` package; the ratio is ours over that of llama.cpp, mean over matrices, and the worst
+matrix. Speed: millions of weights a second on all cores, of a normal matrix of 4 million weights, the best of a few.
 llama.cpp does not search scales of Q4_0, Q4_1, Q5_0, Q5_1 without importance, nor of TQ1_0, TQ2_0 ever: it is faster
 there, at the price that the ratio shows.
 

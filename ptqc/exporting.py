@@ -40,8 +40,9 @@ def export(
     if calibration is not None:
         if options.get("importance") is not None:
             raise ExportError("give calibration data or importance, not both")
-        drawn = {"samples": samples, "window": window, "seed": seed}
-        options["importance"] = importance(model, calibration, _loaded(tokenizer), **drawn)
+        options["importance"] = importance(
+            model, calibration, _loaded(tokenizer), samples=samples, window=window, seed=seed
+        )
     return write(model, format, path, quant=quant, tokenizer=tokenizer, **options)
 
 

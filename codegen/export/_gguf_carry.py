@@ -131,5 +131,5 @@ def _is_within(spec: WeightSpec, lowest: int, highest: int) -> bool:
         high = steps if spec.zero == "int" else low + steps
         return lowest <= low and high <= highest
     table = spec.book.table()
-    is_integer = bool((table == table.round()).all())
-    return is_integer and spec.zero == "none" and lowest <= float(table.min()) and float(table.max()) <= highest
+    is_within = (table == table.round()) & (table >= lowest) & (table <= highest)
+    return spec.zero == "none" and bool(is_within.all())

@@ -95,7 +95,8 @@ def _relative(importance: NDArray[np.float32], columns: int, name: str) -> NDArr
     mean = counts.mean(dtype=np.float64)
     if not mean > 0:
         return np.ones_like(counts)
-    return np.maximum((counts / mean).astype(np.float32), _SMALLEST_IMPORTANCE)
+    relative: NDArray[np.float32] = np.maximum((counts / mean).astype(np.float32), _SMALLEST_IMPORTANCE)
+    return relative
 
 
 def _floats(rows: Tensor, kind: BlockType, name: str) -> NDArray[np.float32]:

@@ -185,14 +185,14 @@ class _Task:
 
     def solve(self, sums: Sums) -> Fit:
         """The best scale and minimum for given levels; a minimum below zero becomes zero where it cannot be stored."""
-        plain = sums.wl / np.maximum(sums.ll, _TINY)
+        plain: Floats = sums.wl / np.maximum(sums.ll, _TINY)
         if sums.l is None or sums.w is None or sums.one is None:
             return Fit(plain, None)
         determinant = sums.one * sums.ll - sums.l * sums.l
         is_even = determinant > np.float32(1e-6) * sums.one * sums.ll  # otherwise all levels are the same
         inverse = np.divide(1, determinant, out=np.zeros_like(determinant), where=is_even)
         scale = (sums.one * sums.wl - sums.l * sums.w) * inverse
-        minimum = (sums.l * scale - sums.w) / sums.one
+        minimum: Floats = (sums.l * scale - sums.w) / sums.one
         if self.is_nested:
             scale = _pick((minimum > 0) & is_even, scale, plain)
             minimum = _pick(is_even, np.maximum(minimum, 0), 0 * minimum)

@@ -49,8 +49,9 @@ def export(
     note(f"loading {model}")
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     note(f"writing {out}")
-    data = {"calibration": calibration, "samples": samples, "window": window}
-    folder = str(local_folder(model))
-    report = write(loaded, format, out, quant=quant, tokenizer=folder, **data, **read_options(option))
+    report = write(
+        loaded, format, out, quant=quant, tokenizer=str(local_folder(model)),
+        calibration=calibration, samples=samples, window=window, **read_options(option),
+    )  # fmt: skip
     document = asdict(report) | {"path": str(report.path), "quant": quant}
     emit(document, lambda: typer.echo(str(report)), is_json)

@@ -57,7 +57,8 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         for module, attribute in owners[id(at.weight)]:
             module._parameters[attribute] = parameter
     model.config._name_or_path = str(path)
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def _built(contents: Contents, config: Any, device: str) -> Any:

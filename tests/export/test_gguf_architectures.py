@@ -101,8 +101,8 @@ VARIANTS = {
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {"sliding_window": None}),
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
-    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5}),
-    "gpt-neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}),
+    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5, "num_key_value_heads": 4}),
+    "gpt-neox-sequential": ("GPTNeoX", {"use_parallel_residual": False, "num_key_value_heads": 4}),
     "gemma": ("Gemma", {}),
     "gemma2": ("Gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 64}),
     "gemma3": ("Gemma3Text", {"query_pre_attn_scalar": 16, "sliding_window": 64, "num_hidden_layers": 7}),
@@ -121,7 +121,7 @@ VARIANTS = {
 def test_llama_cpp_computes_the_same(tmp_path, reference_folder, variant):
     family, changes = VARIANTS[variant]
     model = small_model(family, **changes)
-    export(model, "gguf", tmp_path / "m.gguf", quant="F32", tokenizer=reference_folder)
+    export(model, "gguf", tmp_path / "m.gguf", quant="F32", tokenizer=reference_folder, name="small")
     ids = torch.randint(2, 4096, (200,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids[None], use_cache=False).logits[0]
