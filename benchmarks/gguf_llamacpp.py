@@ -159,21 +159,29 @@ def main() -> None:
     if arguments.importance:
         counts = importance(load_reference(), "docs", AutoTokenizer.from_pretrained(REFERENCE), samples=32)
         mark = " importance"
-    rows = [compare(quant + mark, load_reference(), quant, batches, text, counts) for quant in arguments.quants]
-    for spec, quant in (("int4g32", "Q4_0"), ("int8g32", "Q8_0")):
-        if quant in arguments.quants and counts is None:
-            rows.append(compare(f"{spec} -> {quant}", quantized(load_reference(), spec), quant, batches, text))
+    jobs = [(quant + mark, quant, None) for quant in arguments.quants]
+    if counts is None:
+        carried = (("int4g32", "Q4_0"), ("int8g32", "Q8_0"))
+        jobs += [(f"{spec} -> {quant}", quant, spec) for spec, quant in carried if quant in arguments.quants]
     print(f"{'file':18} {'MB':>6} {'llama.cpp':>10} {'PyTorch':>10} {'difference':>10}  bit-exact  ids that differ")
-    for row in rows:
+    for label, quant, spec in jobs:
+        model = load_reference() if spec is None else quantized(load_reference(), spec)
+        row = compare(label, model, quant, batches, text, counts)
         print(
             f"{row['file']:18} {row['bytes'] / 1e6:6.2f} {row['llama.cpp']:10.4f} {row['pytorch']:10.4f} "
-            f"{row['difference']:+10.3%}  {row['bit_exact']:9}  {row['tokens_differ']}"
+            f"{row['difference']:+10.3%}  {row['bit_exact']:9}  {row['tokens_differ']}",
+            flush=True,
         )
-    if arguments.json:
-        machine = {"machine": platform.platform(), "torch": torch.__version__, "llama_cpp": llama_cpp.__version__}
-        before = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
-        kept = [row for row in before if row["file"] not in {new["file"] for new in rows}]
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": kept + rows}, indent=1) + "\n")
+        if arguments.json:
+            _keep(arguments.json, row)
+
+
+def _keep(path: Path, row: dict[str, object]) -> None:
+    """Add a row to the file, in the place of one of that name."""
+    machine = {"machine": platform.platform(), "torch": torch.__version__, "llama_cpp": llama_cpp.__version__}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [old for old in before if old["file"] != row["file"]] + [row]
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
