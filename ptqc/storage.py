@@ -224,7 +224,8 @@ def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], di
          ) -> tuple[Parts, WeightSpec] | None:  # fmt: skip
     """Parts and spec of the weight indexed along a dimension other than `in`; None if the spec cannot say it.
 
-    Nested scales come out as plain float32 ones, which hold the same values.
+    Nested scales whose blocks end with the rows stay as they are; others come out as plain float32 ones, which hold
+    the same values.
     """
     if dim == len(shape) - 1 or (spec.rows != 1 and dim == len(shape) - 2):
         return None
@@ -232,6 +233,13 @@ def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], di
         return None
     if not _is_nested(spec.scale):
         return {name: index(part, dim, at) for name, part in parts.items()}, spec
+    per_row, rest = divmod(spec.groups(shape)[1], spec.scale.block or 1)
+    if not spec.scale.dynamic and spec.rows == 1 and rest == 0:
+        rows = (*shape[:-1], per_row)
+        return {
+            name: index(part.view(rows), dim, at).flatten() if name.endswith("_outer") else index(part, dim, at)
+            for name, part in parts.items()
+        }, spec
     scale, zero = decode_scales(parts, spec, shape)
     taken = {"codes": index(parts["codes"], dim, at), "scale": index(scale, dim, at)}
     if spec.zero != "none":
