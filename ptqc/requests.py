@@ -29,7 +29,7 @@ class KernelRequest:
 
     n, k: out_features and in_features of the stored matrix. dtype: of the activation and the result. prologue,
     epilogue: names of `ptqc.fusions`, in the order in which they happen. needs_grad: whether a derivative towards the
-    activation is wanted.
+    activation is wanted. exact: the kernel must not quantize activations on its own account.
     """
 
     spec: WeightSpec
@@ -41,6 +41,7 @@ class KernelRequest:
     prologue: tuple[str, ...] = ()
     epilogue: tuple[str, ...] = ()
     needs_grad: bool = False
+    exact: bool = False
 
     @property
     def width(self) -> int:
