@@ -87,7 +87,9 @@ static inline vi total(Sum t) { return t; }
 _MADDUBS = """\
 typedef vs Sum;
 static inline Sum dot(Sum t, vb w, int32_t x) {
-    return t + (vs)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+    t += (vs)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+    asm("" : "+x"(t));  // add now: GCC would keep all the products of a block first, in memory
+    return t;
 }
 static inline vi total(Sum t) { return (vi)_mm256_madd_epi16((__m256i)t, _mm256_set1_epi16(1)); }
 """
@@ -96,7 +98,9 @@ _MADDUBS_WIDE = _IN_32_BITS + """\
 static inline Sum dot(Sum t, vb w, int32_t x) {
     __m256i signs = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)w);
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signs);
-    return t + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    t += (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    asm("" : "+x"(t));
+    return t;
 }
 """
 _AVX_VNNI = _IN_32_BITS + """\
