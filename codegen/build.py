@@ -23,7 +23,7 @@ from ptqc import ops
 from ptqc.errors import PtqcError
 from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
 
-__all__ = ["cache_folder", "kernel_for", "target_for"]
+__all__ = ["cache_folder", "kernel_for", "refusals_of", "target_for"]
 
 log = logging.getLogger("ptqc")
 _LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
@@ -53,6 +53,11 @@ def target_for(request: KernelRequest) -> str | None:
     return None if found is None else found[0]
 
 
+def refusals_of(request: KernelRequest) -> tuple[tuple[str, str], ...]:
+    """The targets that are asked before the one that serves the request, each with its reason to refuse."""
+    return _first(request)[1]
+
+
 @cache
 def kernel_for(request: KernelRequest) -> Kernel:
     """The kernel of the first target that does not refuse the request.
@@ -64,7 +69,7 @@ def kernel_for(request: KernelRequest) -> Kernel:
         reasons = "; ".join(f"{target}: {reason}" for target, reason in refusals)
         raise PtqcError(f"no target has a kernel for {request}: {reasons}")
     name, emitter = found
-    log.info("%s [%d, %d] %s: %s", request.spec, request.n, request.k, request.dtype, name)
+    log.info("%s: %s", request, name)
     return _load(name, emitter.emit(request), request, refusals)
 
 

@@ -48,6 +48,14 @@ class KernelRequest:
         """Features of the result: n, or n / 2 behind a gate."""
         return self.n // 2 if any(map(narrows, self.epilogue)) else self.n
 
+    def __str__(self) -> str:
+        """Spec, shape, dtype and the chain: int4g32 [96, 64] bfloat16 cpu: rms_norm:1e-06 > product > bias > silu."""
+        act = () if self.act.dtype is None else (str(self.act),)
+        chain = " > ".join((*self.prologue, *act, "product", *self.epilogue))
+        flags = [name for name in ("needs_grad", "exact") if getattr(self, name)]
+        where = " ".join([str(self.dtype).removeprefix("torch."), self.device, *flags])
+        return f"{self.spec} [{self.n}, {self.k}] {where}: {chain}"
+
     @property
     def operands(self) -> tuple[str, ...]:
         """What each operand of the kernel belongs to, in order: the prologue, a static input scale, the epilogue."""

@@ -23,7 +23,10 @@ from ptqc.errors import SpecError
 from ptqc.packing import PACKINGS, pack_linear, unpack_linear
 from ptqc.spec import SCALE_DTYPES, ScaleSpec, WeightSpec
 
-__all__ = ["Codes", "decode", "decode_scales", "encode", "index", "part_layout", "part_names", "round_scale", "take"]
+__all__ = [
+    "Codes", "concat", "concat_refusal", "decode", "decode_scales", "encode", "index", "part_layout", "part_names",
+    "round_scale", "take",
+]  # fmt: skip
 
 Parts = dict[str, Tensor]
 
@@ -246,3 +249,44 @@ def index(part: Tensor, dim: int, at: Tensor | slice | int) -> Tensor:
         piece: Tensor = torch.ops.aten.slice.Tensor(part, dim, at.start, at.stop, at.step or 1)
         return piece
     return part.select(dim, at)
+
+
+# -------------------------------------------------------------------- weights one below the other
+
+
+def concat_refusal(spec: WeightSpec, outs: Sequence[int], in_features: int) -> str | None:
+    """None if weights [out, in] of one spec can be stored as one with sum(outs) rows, else the reason why not.
+
+    Scales that rows share must not be shared across the seams.
+    """
+    if len(outs) == 1:
+        return None
+    if spec.rows is None:
+        return f"{spec} has one scale for the whole weight"
+    uneven = next((out for out in outs[:-1] if out % (spec.rows or 1)), None)
+    if uneven is not None:
+        return f"{spec} has a scale per {spec.rows} rows, which does not divide {uneven}"
+    if not _is_nested(spec.scale):
+        return None
+    if spec.scale.dynamic:
+        return f"the nested scales of {spec} are stored as differences from the mean of their own weight"
+    block = spec.scale.block or 1
+    scales = [math.prod(spec.groups((out, in_features))) for out in outs]
+    uneven = next((count for count in scales[:-1] if count % block), None)
+    return None if uneven is None else f"blocks of {block} scales do not divide the {uneven} scales of a weight"
+
+
+def concat(weights: Sequence[Mapping[str, Tensor]]) -> Parts:
+    """The parts of several weights [out, in], of one spec, as those of one weight with all their rows in order.
+
+    A single weight comes back as it is, not copied. `concat_refusal` says which weights cannot be stored so.
+    """
+    if len(weights) == 1:
+        return dict(weights[0])
+    return {name: _stacked([parts[name] for parts in weights]) for name in weights[0]}
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].is_floating_point() and parts[0].element_size() == 1:  # torch concatenates no float8 (2.13)
+        return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    return torch.cat(list(parts))

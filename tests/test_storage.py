@@ -9,6 +9,8 @@ from ptqc.spec import KNOWN_SPECS, WeightSpec
 from ptqc.storage import (
     Codes,
     combine,
+    concat,
+    concat_refusal,
     decode,
     decode_scales,
     encode,
@@ -86,3 +88,29 @@ def test_taking_a_slice_equals_slicing_the_numbers(name, index, seeded):
 def test_taking_along_the_input_is_refused(seeded):
     spec, shape = WeightSpec.parse("int4g64"), (16, 128)
     assert take(encode(random_codes(spec, shape, seeded), spec), spec, shape, 1, slice(0, 64)) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_one_below_the_other_hold_the_same_numbers(name, seeded):
+    spec = WeightSpec.parse(name)
+    shapes = [(128, 256), (256, 256), (96, 256)]
+    weights = [encode(random_codes(spec, shape, seeded), spec) for shape in shapes]
+    if concat_refusal(spec, [out for out, _ in shapes], 256) is None:
+        numbers = decode(concat(weights), spec, (480, 256), torch.float32)
+        apart = [decode(parts, spec, shape, torch.float32) for parts, shape in zip(weights, shapes, strict=True)]
+        assert torch.equal(numbers, torch.cat(apart))
+        shapes_found = {key: tuple(part.shape) for key, part in concat(weights).items()}
+        assert shapes_found == {key: shape for key, (shape, _) in part_layout(spec, (480, 256)).items()}
+    else:
+        assert spec.rows != 1 or spec.scale.dynamic
+
+
+@pytest.mark.parametrize(
+    ("name", "outs", "reason"),
+    [("int8t", [64, 64], "one scale"), ("fp8e4m3b128x128", [64, 64], "does not divide 64"),
+     ("nf4g64dq", [64, 64], "mean"), ("q4_K", [3, 3], None), ("int8t", [64], None),
+     ("fp8e4m3b128x128", [256, 64], None)],
+)  # fmt: skip
+def test_what_cannot_be_stored_as_one(name, outs, reason):
+    got = concat_refusal(WeightSpec.parse(name), outs, 256)
+    assert got is None if reason is None else reason in got
