@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ISAS", "Isa", "running_isa"]
+__all__ = ["ISAS", "Isa", "cpu_flags", "running_isa"]
 
 _AVX2 = """\
 #include <immintrin.h>
@@ -44,7 +44,7 @@ static inline void to_half(uint16_t *p, vf v) { vst1_u16(p, vreinterpret_u16_f16
 static inline vb shuffle(vb table, vb index) { return (vb)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index); }
 """
 _PLAIN_GATHER = """\
-static inline vf gather(const float *table, vi index) {
+__attribute__((noinline)) static vf gather(const float *table, vi index) {
     vf v;
     for (int i = 0; i < L; i++) v[i] = table[index[i]];
     return v;
@@ -73,7 +73,7 @@ static inline void to_half(uint16_t *p, vf v) {
         p[i] = sign | bits;
     }
 }
-static inline vb shuffle(vb table, vb index) {
+__attribute__((noinline)) static vb shuffle(vb table, vb index) {  // inline, it compiles for half a minute
     vb v;
     for (int i = 0; i < 4 * L; i++) v[i] = table[index[i]];
     return v;

@@ -23,7 +23,7 @@ _STEPS = {
         for (; i + L <= job.k; i += L) {{ vf v = load<vf>(row + i); squares += v * v; }}
         for (; i < job.k; i++) total += row[i] * row[i];
         for (int l = 0; l < L; l++) total += squares[l];
-        vf factor = spread(1.f / std::sqrt(total / job.k + {number}f));
+        vf factor = spread(1.f / __builtin_sqrtf(total / job.k + {number}f));
         for (i = 0; i < job.k; i += L) store(row + i, load<vf>(row + i) * factor * take({operand}, i, job.k - i));
     }}
 """,

@@ -17,7 +17,6 @@ from ptqc.requests import KernelRequest
 __all__ = ["Plan", "plan", "source"]
 
 _TYPES = """\
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
