@@ -8,6 +8,8 @@ import importlib.util
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
+import numpy as np
+
 TYPES = {"Q4_0": (2, 32, 18), "Q4_K": (12, 256, 144), "Q8_0": (8, 32, 34)}
 """Number of the type, weights and bytes of a block."""
 
@@ -30,6 +32,7 @@ _SIGNATURES = {
     "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
     "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
     "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "ggml_backend_buft_name": (c_char_p, [c_void_p]),
     "ggml_backend_cpu_reg": (c_void_p, []),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_reg_dev_get": (c_void_p, [c_void_p, c_size_t]),
@@ -67,11 +70,11 @@ class Ggml:
         if not address:
             return None
         extra = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(address)(self.backend_reg_dev_get(registry, 0))
-        name_of = next(getattr(lib, "ggml_backend_buft_name") for lib in self.libraries if hasattr(lib, "ggml_backend_buft_name"))
+        name_of = next(lib.ggml_backend_buft_name for lib in self.libraries if hasattr(lib, "ggml_backend_buft_name"))
         name_of.restype, name_of.argtypes = c_char_p, [c_void_p]
         index = 0
         while extra and extra[index]:
-            if b"REPACK" in name_of(extra[index]).upper():
+            if b"REPACK" in self.backend_buft_name(extra[index]).upper():
                 return extra[index]
             index += 1
         return None
@@ -85,8 +88,6 @@ class Product:
     """y [rows, n] = x [rows, k] @ W.T."""
 
     def __init__(self, ggml, kind, weight, rows):
-        import numpy as np
-
         self.ggml, (n, k) = ggml, weight.shape
         number, block, size = TYPES[kind]
         params = _InitParams(1 << 20, None, True)
@@ -107,8 +108,6 @@ class Product:
 
     def set(self, x):
         """Give the activation, [rows, k] float32."""
-        import numpy as np
-
         x = np.ascontiguousarray(x, dtype=np.float32)
         self.ggml.backend_tensor_set(self.x, x.ctypes.data, 0, x.nbytes)
 

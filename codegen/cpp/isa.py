@@ -185,9 +185,8 @@ def cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
-    return frozenset(
-        flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.partition(":")[2].split()
-    )
+    told = [line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))]
+    return frozenset(flag for line in told for flag in line.split())
 
 
 def running_isa() -> Isa | str:

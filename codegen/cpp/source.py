@@ -1,4 +1,4 @@
-"""A kernel's whole text: fragments for the CPU, the levels, the activation, the tile and the epilogue, in that order."""
+"""A kernel's whole text: fragments for CPU, levels, activation, tile and epilogue, in that order."""
 
 from dataclasses import dataclass
 

@@ -11,9 +11,9 @@ weights serves MR rows, and one broadcast of the activation NV vectors.
 
 from ptqc.codegen.cpp.levels import Level
 
-__all__ = ["float_tile", "integer_tile", "level_bytes"]
+__all__ = ["float_tile", "integer_tile", "level_bytes", "number_of"]
 
-_SCALES = {"none": "", "f16": "from_half((const uint16_t *){what} + {at})", "f32": "load<vf>((const float *){what} + {at})"}
+_SCALES = {"f16": "from_half((const uint16_t *){what} + {at})", "f32": "load<vf>((const float *){what} + {at})"}
 
 _TILE = """\
 template <int MR, int NV> static void tile(const Job &job, long m0, long column) {{
@@ -153,14 +153,15 @@ def _apply(scale: str, has_offset: bool, product: str) -> str:
 
 
 def level_bytes(level: Level, is_signed: bool) -> str:
-    """The functions `level` (bytes of one level each, from packed codes) and `number` (floats, from codes)."""
+    """The function `level`: bytes of one level each, from packed codes."""
     shift = 128 if is_signed else 0
     codes = "packed" if level.width == 8 else f"(vb)((vh)packed >> ({level.width} * j)) & MASK"
     codes = codes if level.width != 4 else "j ? packed >> 4 : packed & 15"
     text = ""
     if level.table:
         table = (*level.table, *[0] * (16 - len(level.table)))
-        text += f"alignas(64) static const uint8_t TABLE[64] = {{{', '.join(str((t - shift) & 255) for t in table * 4)}}};\n"
+        entries = ", ".join(str((step - shift) & 255) for step in table * 4)
+        text += f"alignas(64) static const uint8_t TABLE[64] = {{{entries}}};\n"
         codes = f"shuffle(load<vb>(TABLE), {codes})"
     text += f"static inline vb level(vb packed, int j) {{ return {codes}; }}\n"
     return text

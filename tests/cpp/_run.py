@@ -1,4 +1,4 @@
-"""Random stored weights and activations, run through the C++ target past the caches that keep the choice of a target."""
+"""Random stored weights and activations, run through the C++ target whatever target would be chosen."""
 
 from dataclasses import dataclass
 

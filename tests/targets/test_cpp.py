@@ -152,8 +152,9 @@ def test_instructions_that_this_cpu_lacks(isa, name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"device": "cuda"}, "CPU inference"), ({"needs_grad": True}, "CPU inference"), ({"dtype": torch.float64}, "float64"),
-     ({"act": ActSpec.parse("fp8e4m3-token")}, "fp8e4m3-token"), ({"act": ActSpec.parse("int8-token-outlier6")}, "outlier"),
+    [({"device": "cuda"}, "CPU inference"), ({"needs_grad": True}, "CPU inference"),
+     ({"dtype": torch.float64}, "float64"), ({"act": ActSpec.parse("fp8e4m3-token")}, "fp8e4m3-token"),
+     ({"act": ActSpec.parse("int8-token-outlier6")}, "outlier"),
      ({"act": ActSpec.parse("int8-tensor")}, "calibrated"), ({"epilogue": ("gate_silu", "gate_silu")}, "one gate"),
      ({"spec": WeightSpec.parse("e8p4"), "exact": True}, "no exact form"),
      ({"spec": WeightSpec.parse("fp8e4m3"), "act": TOKEN}, "no integer form")],
