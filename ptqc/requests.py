@@ -58,7 +58,11 @@ class KernelRequest:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """What each operand of the kernel belongs to, in order: the prologue, a static input scale, the epilogue."""
+        """What each operand of the kernel belongs to, in order: the prologue, a static input scale, the epilogue.
+
+        Matrices and biases have the dtype of the request; gains and scales may be float32; orders are int32, static
+        input scales [] float32.
+        """
         before = [f"prologue {name}" for name in self.prologue if takes_operand(name)]
         scale = ["act_scale"] if self.act.is_static else []
         return (*before, *scale, *(f"epilogue {name}" for name in self.epilogue if takes_operand(name)))

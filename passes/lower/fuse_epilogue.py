@@ -2,7 +2,7 @@
 
 y is the value so far, f the step that alone reads it:
 
-1. f = y + b, y * s with a vector [features]      -> bias, scale; also a number that y's dtype holds exactly
+1. f = y + b, y * s with a vector [features]      -> bias, scale; also a number s, or b that y's dtype holds
 2. f = y + z, y * z with z of exactly y's shape   -> add, mul
 3. f = silu, gelu, relu, sigmoid, tanh (y)        -> itself; relu(y) ** 2 -> relu2
 4. f = act(y[..., :n/2]) * y[..., n/2:]           -> gate_act     (slices, chunk or split)
@@ -75,7 +75,7 @@ class _Chain:
 
     def _is_usable(self, step: Following, request: KernelRequest) -> bool:
         if isinstance(step.operand, float):
-            return torch.tensor(step.operand, dtype=request.dtype).item() == step.operand
+            return step.fusion == "scale" or torch.tensor(step.operand).to(request.dtype).item() == step.operand
         return step.operand not in self.unsafe
 
     def _operand(self, step: Following, request: KernelRequest) -> fx.Node:
@@ -83,7 +83,8 @@ class _Chain:
         if isinstance(step.operand, fx.Node):
             return step.operand
         name = f"{step.result.name}_number"
-        vector = torch.full((request.width,), step.operand or 0.0, dtype=request.dtype, device=request.device)
+        dtype = torch.float32 if step.fusion == "scale" else request.dtype
+        vector = torch.full((request.width,), step.operand or 0.0, dtype=dtype, device=request.device)
         self.module.register_buffer(name, vector)
         with self.module.graph.inserting_before(self.site):
             return self.module.graph.get_attr(name)

@@ -8,8 +8,7 @@ x is the input of a site, and is
 4. dropout outside training, a cast to its own dtype, contiguous                                           -> nothing
 Steps are taken one by one, from the product upwards, as long as the target that serves the product serves the longer
 chain as well. Rules 1 and 2 fire for every site that reads the value: they cost a kernel less than a value in memory.
-It does not fire where u is of another dtype or is written in place somewhere, where the gain of a norm (1 + g, say) is
-not exact in the dtype of the product, and in training.
+It does not fire where u is of another dtype or is written in place somewhere, and in training.
 """
 
 from collections.abc import Callable
@@ -121,20 +120,15 @@ class _Chain:
         return _Before(u, request, "nothing") if isinstance(u, fx.Node) and is_nothing(x, u) else None
 
     def _gain(self, gain: Gain, request: KernelRequest) -> fx.Node | None:
-        """The node of a gain: the parameter itself, or a vector made of it if the dtype of the request holds it."""
+        """The node of a gain: the parameter itself, or a vector in float32 that is made of it."""
         held = None if gain.parameter is None else getattr(self.module, str(gain.parameter.target)).detach()
         if held is not None and held.shape != (request.k,):
             return None
-        if held is not None and gain.offset == 0 and held.dtype == request.dtype:
+        if held is not None and gain.offset == 0:
             return gain.parameter
-        exact = torch.full((request.k,), gain.offset, dtype=torch.float32, device=request.device)
-        exact = exact if held is None else exact + held.float()
-        rounded = exact.to(request.dtype)
-        if not torch.equal(rounded.float(), exact):
-            self.context.sites[self.site].left.append(f"rms_norm (its gain does not fit {request.dtype})")
-            return None
+        made = torch.full((request.k,), gain.offset, dtype=torch.float32, device=request.device)
         name = f"{self.site.name}_gain"
-        self.module.register_buffer(name, rounded)
+        self.module.register_buffer(name, made if held is None else made + held.float())
         with self.module.graph.inserting_before(self.site):
             return self.module.graph.get_attr(name)
 

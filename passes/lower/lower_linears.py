@@ -167,7 +167,7 @@ class _Weight:
             self.stored.dtype,
             self.stored.device.type,
             epilogue=() if bias is None else ("bias",),
-            needs_grad=torch.is_grad_enabled(),
+            needs_grad=torch.is_grad_enabled() and any(map(_takes_part, (call.x, bias))),
             exact=self.context.exact,
         )
         x = self._before(call.x, user)
@@ -254,6 +254,12 @@ def _swaps_last(view: fx.Node, weight: fx.Node) -> bool:
 def _ndim(node: Any) -> int:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value.ndim if isinstance(value, Tensor) else 0
+
+
+def _takes_part(node: fx.Node | None) -> bool:
+    """True if a derivative towards a value may be asked for."""
+    value = None if node is None else node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _is_floating(x: fx.Node, dtype: torch.dtype) -> bool:

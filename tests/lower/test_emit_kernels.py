@@ -66,6 +66,15 @@ def test_no_gradient_flows_through_kernels():
     assert done.calls[0] == "ptqc.linear.default"
 
 
+def test_without_a_derivative_to_be_had_kernels_serve_with_gradients_enabled():
+    net = Net(lambda net, x, y: (net.a(x), net.b(y)), a=linear(64, 96), b=linear(64, 96, bias=True))
+    done = lower(net, normal(2, 64), normal(2, 64).requires_grad_(), needs_grad=True)
+    assert [chosen.kernel.target for _, chosen in done.context.chosen] == ["everything", "reference"]
+    net.a.bias = torch.nn.Parameter(torch.ones(96))
+    done = lower(net, normal(2, 64), normal(2, 64), needs_grad=True)
+    assert [chosen.kernel.target for _, chosen in done.context.chosen] == ["reference", "everything"]
+
+
 def test_every_graph_on_the_way_can_be_run_alone():
     net = Net(lambda net, x: functional.gelu(net.a(x)) + x, a=linear(64, 64, bias=True))
     texts = lower(net, normal(2, 64)).texts

@@ -62,7 +62,7 @@ LEFT = {
     "broadcast over rows": (lambda net, y: y + net.v[:3, None], ("bias",)),
     "a vector per row": (lambda net, y, z: y * z[..., :1], ("bias",)),
     "an unknown activation": (lambda net, y: functional.leaky_relu(y), ("bias",)),
-    "a number that bfloat16 rounds": (lambda net, y: y * 0.3, ("bias",)),
+    "a sum that bfloat16 rounds": (lambda net, y: y + 0.3, ("bias",)),
     "in place on the other": (lambda net, y, z: z.add_(y), ("bias",)),
     "an operand written later": (lambda net, y, z: (y + z, z.mul_(2)), ("bias",)),
     "halves the other way": (lambda net, y: y[..., :48] * functional.silu(y[..., 48:]), ("bias",)),
