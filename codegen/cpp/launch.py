@@ -1,7 +1,8 @@
 """One call of a compiled kernel: memory for the result, addresses, threads."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,18 +44,16 @@ class Launch:
         work = torch.empty(rows * self._row_bytes + threads * self._thread_bytes, dtype=torch.uint8)
         held = [_readable(operand) for operand in operands]
         pairs = [value for operand in held for value in (operand.data_ptr(), _KINDS[operand.dtype])]
-        self._function()(
+        self._run(
             x.data_ptr(), result.data_ptr(), work.data_ptr(), *[part.data_ptr() for part in parts],
             (ctypes.c_long * len(pairs))(*pairs), self._sizes, rows, threads,
         )  # fmt: skip
         return result
 
-    def _function(self) -> "ctypes._NamedFuncPointer":
-        function = self._library.result().run
-        function.restype = None
-        function.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_long] * 2
-        self._function = lambda: function  # type: ignore[method-assign]
-        return function
+    @cached_property
+    def _run(self) -> Callable[..., None]:
+        prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 9, *[ctypes.c_long] * 2)
+        return prototype(("run", self._library.result()))
 
 
 def _readable(operand: Tensor) -> Tensor:

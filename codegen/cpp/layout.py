@@ -58,9 +58,8 @@ class Layout:
         named = dict(zip(storage.part_names(self.spec), parts, strict=True))
         rows = self._rows()
         scale, offset = self._scales(named)
-        scale, offset = (_take(value, rows) for value in (scale, offset))
-        scale, offset, column = self._split(scale, offset)
-        return [self._codes(named["codes"], rows), _by_columns(scale), _by_columns(offset), column]
+        scales, offsets, columns = self._split(_take(scale, rows), None if offset is None else _take(offset, rows))
+        return [self._codes(named["codes"], rows), _by_columns(scales), _by_columns(offsets), columns]
 
     def _rows(self) -> Tensor:
         """The row of the weight behind each column, [padded]; -1 for padding."""
@@ -123,10 +122,8 @@ class Layout:
         return halves[0], halves[1], 1 / factor
 
 
-def _take(values: Tensor | None, rows: Tensor) -> Tensor | None:
+def _take(values: Tensor, rows: Tensor) -> Tensor:
     """The rows of a matrix; zeros for -1."""
-    if values is None:
-        return None
     taken = values[rows.clamp_min(0)]
     taken[rows < 0] = 0
     return taken

@@ -60,7 +60,7 @@ class Cpp:
         layout, blocks = planned.layout, planned.layout.blocks
         sizes = (request.n, request.k, blocks.group, blocks.groups, blocks.count, blocks.padded, layout.padded)
         text = _TEXT.format(
-            request=_name(request), isa=planned.isa.name, source=source(planned), spec=request.spec,
+            request=request, isa=planned.isa.name, source=source(planned), spec=request.spec,
             level=planned.level, blocks=blocks, n=layout.n, tile=layout.tile, lanes=layout.lanes,
             is_gated=layout.is_gated, is_exact=layout.is_exact, is_signed=layout.is_signed, flags=planned.isa.flags,
             sizes=sizes, width=request.width, item_bytes=4 if planned.is_float else 1,
@@ -85,8 +85,3 @@ def _refuses(request: KernelRequest) -> str | None:
     if sum(map(narrows, request.epilogue)) > 1 or (any(map(narrows, request.epilogue)) and request.n % 2):
         return "C++ kernels have one gate at most, over an even number of outputs"
     return None
-
-
-def _name(request: KernelRequest) -> str:
-    chain = " > ".join((*request.prologue, str(request.act), "product", *request.epilogue))
-    return f"{request.spec} [{request.n}, {request.k}] {str(request.dtype).removeprefix('torch.')}: {chain}"

@@ -55,7 +55,8 @@ def emulate(made, folder):
         for tensor in (numbers, made.x, *layout.prepare(made.parts), made.operands[0]):
             data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             file.write(np.int64(len(data)).tobytes() + data)
-    subprocess.run([QEMU, "-cpu", "max", str(program), str(folder / "in"), str(folder / "out")], check=True, timeout=300)
+    files = [str(folder / name) for name in ("in", "out")]
+    subprocess.run([QEMU, "-cpu", "max", str(program), *files], check=True, timeout=300)
     return torch.from_numpy(np.fromfile(folder / "out", dtype=np.uint8)).view(made.x.dtype).view(result.shape)
 
 
