@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("exact", "bar"), [(True, 1e-4), (False, 5e-2)], ids=["exact", "int8 activations"]
+    ("exact", "bar"), [pytest.param(True, 1e-4, marks=pytest.mark.slow), (False, 5e-2)], ids=["exact", "int8"]
 )  # the second: 1.2e-2 for each of four products behind one another, and what they do to the attention between them
 def test_a_llama_runs_on_fused_kernels(exact, bar):
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ TOKEN, STATIC = ActSpec.parse("int8-token"), ActSpec.parse("int8-tensor-static")
 ROWS = (1, 3, 16, 64, 257)
 SPECS = ("int4g32", "int8", "int4g24z", "int2g16f", "q4_K", "q6_K", "nf4g64dq", "iq4_xs", "fp8e4m3b128x128", "e8p")
 EVERY_SPEC = (
-    *(f"int{bits}g{group}{zero}" for bits in range(1, 9) for group, zero in zip((8, 24, 32, 200), "zf m", strict=True)),
+    *(f"int{bits}g{group}{zero}" for bits in range(1, 9) for group, zero in zip((8, 24, 32, 200), ("z", "f", "", "m"), strict=True)),
     "int8", "int8z", "int4t", "ternary", "ternaryg64", "nf4g64", "nf4g64dq", "fp4g64", "fp8e4m3", "fp8e5m2g64", "e8p",
     "fp8e4m3b128x128", "e8p3", "e8p4g64", *KNOWN_SPECS,
 )  # fmt: skip
@@ -114,7 +114,7 @@ def test_quantized_inputs_are_those_of_the_reference(act, name):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("act", [ActSpec(), TOKEN, STATIC], ids=str)
 def test_what_is_not_finite_spoils_its_row_and_no_other(value, act):
-    made = case("int8", *shape("int8"), act=act, epilogue=("bias",))
+    made = case("int8", *shape("int8"), act=act, epilogue=("bias",) if act.dtype else ())
     clean = made.run()
     made.x[1, 40] = value
     got = made.run()
@@ -133,8 +133,8 @@ def test_zero_rows_and_extreme_scales():
     assert got.isfinite().all() and (got[2, 8] != 0)
 
 
-@pytest.mark.parametrize("isa", [name for name, isa in ISAS.items() if isa.needs <= ISAS[running_isa().name].needs])
-@pytest.mark.parametrize("name", ["int4g32z", "nf4g64"])
+@pytest.mark.parametrize("isa", [name for name, isa in ISAS.items() if isa.needs <= cpu_flags()])
+@pytest.mark.parametrize("name", ["nf4g64", pytest.param("int2g16f", marks=pytest.mark.slow)])
 def test_instructions_can_be_forced(isa, name, monkeypatch):
     monkeypatch.setenv("PTQC_CPU_ISA", isa)
     assert f" in C++ for {isa}" in Cpp().emit(case(name, *shape(name)).request).text
@@ -142,8 +142,9 @@ def test_instructions_can_be_forced(isa, name, monkeypatch):
 
 
 @pytest.mark.skipif("avx2" not in cpu_flags(), reason="the emulation of wider instructions wants AVX2")
-@pytest.mark.parametrize("name", ["int4g32z", "nf4g64", "int8"])
-@pytest.mark.parametrize("isa", ["avx512vnni", "avxvnni"])
+@pytest.mark.parametrize(
+    ("isa", "name"), [("avx512vnni", "int4g32z"), ("avx512vnni", "nf4g64"), ("avxvnni", "int8")]
+)
 def test_instructions_that_this_cpu_lacks(isa, name, monkeypatch):
     """Tiles, layout and levels for them, with the instructions themselves in plain C++."""
     monkeypatch.setattr("ptqc.codegen.targets.cpp.running_isa", lambda: emulated(isa))
