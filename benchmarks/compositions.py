@@ -1,6 +1,9 @@
 """Every transform with every method: does it run, and is it ever worse than the method alone?
 
-    python -m benchmarks.compositions [--bits 3] [--json FILE]
+    python -m benchmarks.compositions [--samples 32] [--json FILE]
+
+Two settings: 3-bit weights in groups of 128 with inputs in float, and 4-bit weights with 8-bit inputs, one scale per
+token.
 
 Output error: squared error of the hidden states behind every layer and of the logits, relative to their size, in the
 mean, on English that calibration has not seen; the ratio is to the method alone. Also perplexity and KL to the float
@@ -8,6 +11,7 @@ model.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -18,6 +22,10 @@ from benchmarks import reference
 
 TRANSFORMS = ("smoothquant", "awq", "hadamard")
 METHODS = ("rtn", "gptq", "hqq")
+SETTINGS = {
+    "3 bits, float inputs": {"bits": 3, "group_size": 128},
+    "4 bits, int8 inputs": {"bits": 4, "group_size": 128, "activation": "int8-token"},
+}
 ALLOWED = 1.01
 
 
@@ -36,32 +44,30 @@ def hidden_states(model, windows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=32, help="windows to calibrate on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     scale = reference.Scale(reference.load(), windows=16)
     windows = scale.recorded["docs"].windows[:8].split(1)
     exact, data, rows = hidden_states(scale.model, windows), reference.calibration("docs", arguments.samples), []
-    options = {"bits": arguments.bits, "group_size": arguments.group_size, "calibration": data}
-    for method in METHODS:
+    for (setting, options), method in itertools.product(SETTINGS.items(), METHODS):
         alone = None
         for chain in ([method], *([transform, method] for transform in TRANSFORMS)):
-            model, seconds = scale.quantized(chain, **options)
-            row = {"chain": "+".join(chain), "error": error(model, exact, windows), "seconds": seconds}
+            model, seconds = scale.quantized(chain, calibration=data, **options)
+            row = {"setting": setting, "chain": "+".join(chain), "error": error(model, exact, windows)}
             alone = alone or row["error"]
-            rows.append(row | {"ratio": row["error"] / alone} | scale.score(model))
-    table = Table("chain", "output error", "ratio to the method alone", "perplexity", "KL", "seconds")
+            rows.append(row | {"ratio": row["error"] / alone, "seconds": seconds} | scale.score(model))
+            print(rows[-1], flush=True)
+    table = Table("setting", "chain", "output error", "ratio to the method alone", "perplexity", "KL", "seconds")
     for row in rows:
         cells = (f"{row['error']:.5f}", f"{row['ratio']:.3f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
-        table.add_row(row["chain"], *cells, f"{row['seconds']:.1f}")
+        table.add_row(row["setting"], row["chain"], *cells, f"{row['seconds']:.1f}")
     console = Console()
     console.print(table)
     worst = max(row["ratio"] for row in rows)
     console.print(f"worst ratio {worst:.3f} (bar {ALLOWED})")
     if arguments.json:
-        reference.write(arguments.json, rows, bits=arguments.bits, worst_ratio=worst)
+        reference.write(arguments.json, rows, settings=SETTINGS, worst_ratio=worst)
 
 
 if __name__ == "__main__":

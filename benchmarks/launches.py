@@ -30,16 +30,18 @@ KINDS = {
     "others": r"(?:torch\.ops\.(?!ptqc)\w+\.\w+|extern_kernels\.\w+)",
 }
 KERNELS = tuple(KINDS)
+_KERNEL = r"^(cpp_fused\w*) = async_compile\.\w+\(.*?r\'\'\'(.*?)\'\'\'\)"
 
 
 def launches(code):
     """Launches by kind in the text of one compiled graph, and the loops inside Inductor's functions."""
-    body = code[code.index("def call(") :]
+    texts, body = code[: code.index("def call(")], code[code.index("def call(") :]
+    loops = {name: len(re.findall(r"^    \{$", text, re.M)) for name, text in re.findall(_KERNEL, texts, re.S | re.M)}
     found = Counter()
     for line in body.splitlines():
         called = re.match(r"\s*(?:\w+ = )?(.*)", line.partition("#")[0])[1]
         found.update(kind for kind, pattern in KINDS.items() if re.match(pattern, called))
-    found["loops"] = len(re.findall(r"^    \{$", code, re.M))
+        found["loops"] += loops.get(called.partition("(")[0], 0)
     return found
 
 

@@ -6,7 +6,7 @@ The reference model gets them without changing its function: in 1% of the channe
 by a factor, and the columns of the linears behind it are divided by it. Calibrated on English, scored on English that
 was not seen and on code.
 
-8 bits: weights and inputs, one calibrated (static) scale per input, by itself and behind SmoothQuant.
+8 bits: weights and inputs, one calibrated (static) scale per input, by itself and behind SmoothQuant; and LLM.int8.
 3 bits: weights alone, groups of 128 with a zero, rounded to nearest by themselves and behind AWQ. `recovered` is the
 share of what rounding loses in perplexity that AWQ brings back.
 """
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import reference
+from ptqc.passes.methods.llm_int8 import LlmInt8
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.passes.methods.w8a8 import W8A8
 from ptqc.passes.transforms.awq import AWQ
@@ -29,6 +30,7 @@ STATIC, W3 = W8A8(inputs="static"), {"bits": 3, "group_size": 128}
 CASES = {
     "w8a8, per token": (W8A8(), {}),
     "w8a8, static": (STATIC, {}),
+    "llm_int8": (LlmInt8(), {}),
     "smoothquant 0.5 + w8a8, static": ([SmoothQuant(), STATIC], {}),
     "smoothquant 0.8 + w8a8, static": ([SmoothQuant(alpha=0.8), STATIC], {}),
     "smoothquant search + w8a8, static": ([SmoothQuant(alpha="search"), STATIC], {}),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -21,6 +22,7 @@ from ptqc.components import Component
 from ptqc.engine.jobs import Report
 from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
+from ptqc.plan import plan_work
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules
 from ptqc.sites import Site, Skipped, find_sites, select_sites
@@ -89,6 +91,9 @@ def quantize(
     skipped += left
     if not work:
         raise PtqcError(_nothing_to_do(model, skipped))
+    if progress:
+        tokens = sum(max(map(_numel, batch.values()), default=0) for batch in drawn)
+        _console().print(plan_work(model, work, skipped, tokens).short(), highlight=False, markup=False)
     before = sum(site.weight.numel() * site.weight.element_size() for site, _ in work)
     with _shown(progress) as advance:
         if all(rule.is_data_free for _, rule in work):
@@ -144,6 +149,14 @@ def _auto(
     return auto(model, calibration, **given, on_step=advance)
 
 
+def _numel(value: object) -> int:
+    return value.numel() if isinstance(value, torch.Tensor) and not value.is_floating_point() else 0
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
 @contextmanager
 def _shown(progress: bool) -> Iterator[Callable[[str, float, float], None]]:
     """A bar on stderr that shows what is being done; nothing without `progress`."""
@@ -151,7 +164,7 @@ def _shown(progress: bool) -> Iterator[Callable[[str, float, float], None]]:
         yield lambda what, done, total: None
         return
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_console(), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
@@ -176,8 +189,7 @@ def _report(
         lines.append(f"  captured as {report.route}" + (f"; scale groups: {groups}" if groups else ""))
         lines += [f"  {line}" for line in report.notes]
     if progress:
-        console = Console(stderr=True)
         for line in lines:
-            console.print(line, highlight=False, markup=False)
+            _console().print(line, highlight=False, markup=False)
     for line in lines:
         log.info(line)

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from ptqc.errors import PtqcError
-from ptqc.methods import quantize_weight
+from ptqc.errors import PtqcError, SpecError
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
 from ptqc.sites import Site, Skipped
-from ptqc.surroundings import Surroundings
 
 __all__ = ["assign", "needs_data", "nothing_to_do", "quantize_site"]
 
@@ -15,22 +13,38 @@ __all__ = ["assign", "needs_data", "nothing_to_do", "quantize_site"]
 def assign(
     sites: Sequence[Site], recipe: Recipe, *, has_data: bool = False
 ) -> tuple[list[tuple[Site, Rule]], list[Skipped]]:
-    """Every site with its rule, and the sites that no rule wants, with the reason.
+    """Every site with its rule, and the sites that no rule wants or whose weight cannot be stored, with the reason.
 
     has_data: there is calibration data, so rules may need statistics and transforms.
 
-    Raises: PtqcError for a rule that needs data which is not there.
+    Raises: PtqcError for a rule that needs data which is not there, SpecError for a weight that a rule's exact spec
+    cannot store.
     """
     work, left = [], []
     for site in sites:
         rule = rule_for(site.name, recipe)
         if rule is None or rule.method is None:
             left.append(Skipped(site.name, "no rule of the recipe matches" if rule is None else "the recipe keeps it"))
-        elif rule.is_data_free or has_data:
-            work.append((site, rule))
-        else:
+        elif not rule.is_data_free and not has_data:
             raise PtqcError(needs_data(rule))
+        elif (reason := _unstorable(site, rule)) is None:
+            work.append((site, rule))
+        elif rule.is_exact:
+            raise SpecError(f'cannot store "{site.name}" as {rule.spec}: {reason}')
+        else:
+            left.append(Skipped(site.name, reason))
     return work, left
+
+
+def _unstorable(site: Site, rule: Rule) -> str | None:
+    """Why the weight of a site cannot be stored as the rule wants, in time to say so before anything is computed."""
+    assert rule.method is not None
+    spec = fitted_spec(rule, site.stored_shape)
+    try:
+        spec.groups(site.stored_shape)
+    except SpecError as error:
+        return str(error)
+    return rule.method.refuses(spec)
 
 
 def needs_data(rule: Rule) -> str:
@@ -47,9 +61,4 @@ def nothing_to_do(skipped: Sequence[Skipped]) -> str:
 
 def quantize_site(site: Site, rule: Rule) -> QuantTensor:
     """The quantized weight of a site, from the weight alone; the model is not changed."""
-    assert rule.method is not None and rule.is_data_free
-    spec = fitted_spec(rule, site.stored_shape)
-    return quantize_weight(
-        site.weight, rule.method, spec, name=site.name, is_transposed=site.is_transposed,
-        surroundings=Surroundings(act=rule.activation),
-    )  # fmt: skip
+    return rule.quantize(site.weight, name=site.name, is_transposed=site.is_transposed)

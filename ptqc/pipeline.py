@@ -109,8 +109,8 @@ class Pipeline:
         for step in self.passes:
             counts[step.name] = step.run(module, context)
             module.graph.lint()
-            module.recompile()
             dump(module, step.name)
+        module.recompile()
         log.info("passes: %s", ", ".join(f"{name} {changed}" for name, changed in counts.items()))
         return counts
 

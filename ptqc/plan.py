@@ -33,7 +33,7 @@ from ptqc.sites import UNUSED, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
 
-__all__ = ["Plan", "PlannedGroup", "PlannedWeight", "plan"]
+__all__ = ["Plan", "PlannedGroup", "PlannedWeight", "plan", "plan_work"]
 
 Work = Sequence[tuple[Site, Rule]]
 NOT_CAPTURED = "no graph: none is needed"
@@ -179,6 +179,11 @@ def plan(
     work, left = assign(sites, rules, has_data=True)
     tokens = samples * window
     return _planned(made, work, [*skipped, *left], _Seen(graphs, how, example or {}), tokens, is_streamed)
+
+
+def plan_work(model: nn.Module, work: Work, skipped: Sequence[Skipped], tokens: int) -> Plan:
+    """The plan of a request that is already resolved, without scale groups. tokens: of calibration, 0 without data."""
+    return _planned(model, work, skipped, _Seen((), NOT_CAPTURED, {}), tokens, False)
 
 
 def _weightless(model: nn.Module) -> nn.Module:

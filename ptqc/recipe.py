@@ -1,21 +1,23 @@
 """Recipes: which transforms, method and spec each weight gets. Patterns over names, first match wins."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ptqc.act_spec import ActSpec
 from ptqc.components import Component, chain, describe, entries, name_of
 from ptqc.errors import PtqcError
-from ptqc.methods import Method
+from ptqc.methods import Method, quantize_weight
+from ptqc.qtensor import QuantTensor
 from ptqc.recipe_file import KEYS, Row, check_keys, read_rows
 from ptqc.select import matches
 from ptqc.spec import WeightSpec
-from ptqc.transforms import Transform
+from ptqc.surroundings import Surroundings
+from ptqc.transforms import Member, Transform, surround
 
 __all__ = [
     "Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "recipe_of", "recipe_rows",
@@ -55,7 +57,23 @@ class Rule:
     @property
     def is_data_free(self) -> bool:
         """True if a weight alone is enough to go by: no statistics, and no transform of the model around it."""
-        return not self.needs and not self.transforms
+        return not self.needs and all(transform.is_data_free for transform in self.transforms)
+
+    def surround(self, weight: Tensor, name: str) -> tuple[Surroundings, dict[str, Tensor]]:
+        """What a rule that is data-free does at run time around a weight [*lead, out, in], and the tensors for it."""
+        member = Member(name, weight, {}, fitted_spec(self, weight.shape), self.activation)
+        around, extras = surround(self.transforms, member)
+        return replace(around, act=self.activation), extras
+
+    def quantize(self, weight: Tensor, *, name: str, is_transposed: bool = False) -> QuantTensor:
+        """A weight [*lead, out, in], or [*lead, in, out] with is_transposed, quantized from its values alone."""
+        assert self.method is not None and self.is_data_free
+        matrix = weight.mT if is_transposed else weight
+        surroundings, extras = self.surround(matrix, name)
+        return quantize_weight(
+            weight, self.method, fitted_spec(self, matrix.shape), name=name, is_transposed=is_transposed,
+            surroundings=surroundings, extras=extras,
+        )  # fmt: skip
 
     @property
     def label(self) -> str:

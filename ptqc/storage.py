@@ -24,7 +24,7 @@ from ptqc.packing import PACKINGS, pack_linear, unpack_linear
 from ptqc.spec import SCALE_DTYPES, ScaleSpec, WeightSpec
 
 __all__ = [
-    "Codes", "concat", "concat_refusal", "decode", "decode_scales", "encode", "index", "part_layout", "part_names",
+    "Codes", "concat", "concat_spec", "decode", "decode_scales", "encode", "index", "part_layout", "part_names",
     "round_scale", "take",
 ]  # fmt: skip
 
@@ -233,11 +233,10 @@ def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], di
     if not _is_nested(spec.scale):
         return {name: index(part, dim, at) for name, part in parts.items()}, spec
     scale, zero = decode_scales(parts, spec, shape)
-    flat = replace(spec, scale=ScaleSpec(dtype="f32"))
     taken = {"codes": index(parts["codes"], dim, at), "scale": index(scale, dim, at)}
     if spec.zero != "none":
         taken["zero"] = index(parts["zero"] if spec.zero == "int" or zero is None else zero, dim, at)
-    return taken, flat
+    return taken, _flat(spec)
 
 
 def index(part: Tensor, dim: int, at: Tensor | slice | int) -> Tensor:
@@ -254,35 +253,44 @@ def index(part: Tensor, dim: int, at: Tensor | slice | int) -> Tensor:
 # -------------------------------------------------------------------- weights one below the other
 
 
-def concat_refusal(spec: WeightSpec, outs: Sequence[int], in_features: int) -> str | None:
-    """None if weights [out, in] of one spec can be stored as one with sum(outs) rows, else the reason why not.
+def concat_spec(spec: WeightSpec, outs: Sequence[int], in_features: int) -> WeightSpec | str:
+    """The spec of the weight that weights [out, in] of one spec make one below the other, or why there is none.
 
-    Scales that rows share must not be shared across the seams.
+    Scales that rows share must not be shared across the seams. Nested scales stay nested where their blocks end at the
+    seams; else they become plain float32 ones, which hold the same values.
     """
     if len(outs) == 1:
-        return None
+        return spec
     if spec.rows is None:
         return f"{spec} has one scale for the whole weight"
     uneven = next((out for out in outs[:-1] if out % (spec.rows or 1)), None)
     if uneven is not None:
         return f"{spec} has a scale per {spec.rows} rows, which does not divide {uneven}"
-    if not _is_nested(spec.scale):
-        return None
-    if spec.scale.dynamic:
-        return f"the nested scales of {spec} are stored as differences from the mean of their own weight"
-    block = spec.scale.block or 1
-    scales = [math.prod(spec.groups((out, in_features))) for out in outs]
-    uneven = next((count for count in scales[:-1] if count % block), None)
-    return None if uneven is None else f"blocks of {block} scales do not divide the {uneven} scales of a weight"
+    scales = [math.prod(spec.groups((out, in_features))) for out in outs[:-1]]
+    is_ragged = any(count % (spec.scale.block or 1) for count in scales)
+    return _flat(spec) if _is_nested(spec.scale) and (spec.scale.dynamic or is_ragged) else spec
 
 
-def concat(weights: Sequence[Mapping[str, Tensor]]) -> Parts:
-    """The parts of several weights [out, in], of one spec, as those of one weight with all their rows in order.
+def _flat(spec: WeightSpec) -> WeightSpec:
+    """The spec with plain float32 scales."""
+    return replace(spec, scale=ScaleSpec(dtype="f32"))
 
-    A single weight comes back as it is, not copied. `concat_refusal` says which weights cannot be stored so.
+
+def concat(weights: Sequence[Mapping[str, Tensor]], spec: WeightSpec, in_features: int) -> Parts:
+    """The parts, as `concat_spec` says, of weights [out, in] one below the other.
+
+    A single weight comes back as it is, not copied. Raises: SpecError if they cannot be stored as one.
     """
     if len(weights) == 1:
         return dict(weights[0])
+    outs = [parts["codes"].shape[0] for parts in weights]
+    made = concat_spec(spec, outs, in_features)
+    if isinstance(made, str):
+        raise SpecError(f"{made}: these weights cannot be stored as one")
+    if made != spec:
+        shapes = [(out, in_features) for out in outs]
+        taken = [take(parts, spec, shape, 0, slice(None)) for parts, shape in zip(weights, shapes, strict=True)]
+        weights = [found[0] for found in taken if found is not None]
     return {name: _stacked([parts[name] for parts in weights]) for name in weights[0]}
 
 

@@ -15,12 +15,10 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ptqc.errors import PtqcError
-from ptqc.methods import quantize_weight
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, Rule, fitted_spec, rule_for
+from ptqc.recipe import Recipe, Rule, rule_for
 from ptqc.select import matches
 from ptqc.sites import output_head
-from ptqc.surroundings import Surroundings
 from ptqc.weights import WeightUse
 
 __all__ = [
@@ -131,12 +129,7 @@ class Selection:
         assert rule is not None and rule.method is not None
         made: dict[Rule, QuantTensor] = _stored.setdefault(weight, {})
         if rule not in made:
-            is_transposed = use.input_axis == -2
-            spec = fitted_spec(rule, weight.mT.shape if is_transposed else weight.shape)
-            made[rule] = quantize_weight(
-                weight, rule.method, spec, name=name, is_transposed=is_transposed,
-                surroundings=Surroundings(act=rule.activation),
-            )  # fmt: skip
+            made[rule] = rule.quantize(weight, name=name, is_transposed=use.input_axis == -2)
         return made[rule]
 
     def _reason_to_keep(self, name: str, use: WeightUse, rule: Rule | None) -> str | None:

@@ -11,18 +11,19 @@ engine. It overrides the steps that it has; the others leave everything as it is
 4. `correct`: a correction of the bias once the codes are chosen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from ptqc.act_spec import ActSpec
+from ptqc.errors import PtqcError
 from ptqc.registry import Registry
 from ptqc.spec import WeightSpec
 from ptqc.surroundings import Surroundings
 
-__all__ = ["TRANSFORMS", "Member", "Transform"]
+__all__ = ["TRANSFORMS", "Member", "Transform", "surround"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,18 @@ class Transform:
         return frozenset()
 
     @property
+    def is_data_free(self) -> bool:
+        """Whether a weight alone is enough for it: no statistics, no scale groups, no bias."""
+        return not self.needs and not self.has_scale and type(self).correct is Transform.correct
+
+    @property
     def has_scale(self) -> bool:
         """Whether it has the step `scale`, and so wants scale groups."""
         return type(self).scale is not Transform.scale
+
+    def refuses(self, members: Sequence[Member]) -> str | None:
+        """Why `scale` has nothing to do for any such group, told to the user once; None where it may have."""
+        return None
 
     def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
         """The scale s [channels] float32, positive: columns of the members are multiplied by it, their input divided.
@@ -82,6 +92,17 @@ class Transform:
     def correct(self, member: Member, stored: Tensor) -> Tensor | None:
         """What to add to the bias, [out] float32. stored: [out, in], the numbers that the codes stand for."""
         return None
+
+
+def surround(transforms: Iterable[Transform], member: Member) -> tuple[Surroundings, dict[str, Tensor]]:
+    """What transforms do at run time around a weight, and the tensors that takes.
+
+    Raises: PtqcError if two of them rotate it.
+    """
+    turning = [transform for transform in transforms if type(transform).around is not Transform.around]
+    if len(turning) > 1:
+        raise PtqcError(f'"{member.name}": two transforms rotate it; keep one of them')
+    return turning[0].around(member) if turning else (Surroundings(), {})
 
 
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "ptqc.passes.transforms")

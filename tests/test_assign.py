@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ptqc.assign import assign, quantize_site
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, SpecError
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.recipe import Rule, make_rule
 from ptqc.sites import find_sites
@@ -36,8 +36,36 @@ def test_a_method_that_needs_data_is_refused_without():
         assign(sites, [rule])
 
 
+class Scaling(Transform):
+    def scale(self, members, channels):
+        return None
+
+
+def test_a_rotation_needs_no_data():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    (site,), _ = find_sites(model)
+    rule = make_rule("*", ["hadamard", "rtn"], bits=4, group_size=32)
+    ((_, chosen),), _ = assign([site], [rule])
+    weight = quantize_site(site, chosen)
+    assert weight.surroundings.input_rotation is not None and "input_signs" in weight.extras
+    plain = quantize_site(site, make_rule("*", "rtn", bits=4, group_size=32))
+    errors = [(stored.dequantize() - model[0].weight).norm() for stored in (weight, plain)]
+    assert 0 < errors[0] < 1.5 * errors[1]
+
+
+def test_what_no_spec_can_store_is_left_with_a_reason():
+    model = nn.Sequential(nn.Linear(20, 48), nn.Linear(48, 64))
+    rules = [make_rule("0*", "rtn", spec="int4g48"), make_rule("*", "rtn", bits=4)]
+    with pytest.raises(SpecError, match=r'cannot store "0.weight" as int4g48: group 48 does not divide'):
+        assign(find_sites(model)[0], rules)
+    work, left = assign(find_sites(model)[0], [make_rule("*", "quip_sharp", bits=2)], has_data=True)
+    assert [site.name for site, _ in work] == ["1.weight"]
+    assert [entry.name for entry in left] == ["0.weight"] and "which do not divide in_features 20" in left[0].reason
+
+
 def test_a_transform_is_refused_without_data():
     sites, _ = find_sites(nn.Sequential(nn.Linear(64, 64)))
-    rule = Rule("*", RoundToNearest(), RoundToNearest().spec(), transforms=(Transform(),))
+    rule = Rule("*", RoundToNearest(), RoundToNearest().spec(), transforms=(Scaling(),))
     with pytest.raises(PtqcError, match="needs the graph of the model; pass calibration"):
         assign(sites, [rule])

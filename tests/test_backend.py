@@ -221,6 +221,16 @@ def test_surrounded_weights_compile_to_what_they_are_in_eager(needs_grad):
         assert (towards_x - expected).norm() / expected.norm() < 1e-5
 
 
+def test_rotations_without_data_are_made_in_the_backend():
+    layer, x = torch.nn.Linear(64, 48), torch.randn(5, 64)
+    options = {"method": "hadamard+rtn", "bits": 8, "group_size": 32}
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="ptqc", options=options)(x)
+        assert 0 < (compiled - layer(x)).norm() / layer(x).norm() < 0.02
+    (stored,) = stored_weights(layer).values()
+    assert stored.surroundings.input_rotation
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant+rtn"])
 def test_what_needs_data_is_sent_to_quantize(method):
     compiled = torch.compile(torch.nn.Linear(64, 64), backend="ptqc", options={"method": method})

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ptqc.errors import SpecError
 from ptqc.spec import KNOWN_SPECS, WeightSpec
 from ptqc.storage import (
     Codes,
     combine,
     concat,
-    concat_refusal,
+    concat_spec,
     decode,
     decode_scales,
     encode,
@@ -95,22 +96,26 @@ def test_weights_one_below_the_other_hold_the_same_numbers(name, seeded):
     spec = WeightSpec.parse(name)
     shapes = [(128, 256), (256, 256), (96, 256)]
     weights = [encode(random_codes(spec, shape, seeded), spec) for shape in shapes]
-    if concat_refusal(spec, [out for out, _ in shapes], 256) is None:
-        numbers = decode(concat(weights), spec, (480, 256), torch.float32)
-        apart = [decode(parts, spec, shape, torch.float32) for parts, shape in zip(weights, shapes, strict=True)]
-        assert torch.equal(numbers, torch.cat(apart))
-        shapes_found = {key: tuple(part.shape) for key, part in concat(weights).items()}
-        assert shapes_found == {key: shape for key, (shape, _) in part_layout(spec, (480, 256)).items()}
-    else:
-        assert spec.rows != 1 or spec.scale.dynamic
+    made = concat_spec(spec, [out for out, _ in shapes], 256)
+    if isinstance(made, str):
+        assert spec.rows is None
+        with pytest.raises(SpecError, match="one scale for the whole weight: these weights"):
+            concat(weights, spec, 256)
+        return
+    together = concat(weights, spec, 256)
+    numbers = decode(together, made, (480, 256), torch.float32)
+    apart = [decode(parts, spec, shape, torch.float32) for parts, shape in zip(weights, shapes, strict=True)]
+    assert torch.equal(numbers, torch.cat(apart))
+    assert {key: (tuple(part.shape), part.dtype) for key, part in together.items()} == part_layout(made, (480, 256))
+    assert all(part is weights[0][key] for key, part in concat(weights[:1], spec, 256).items())
 
 
 @pytest.mark.parametrize(
-    ("name", "outs", "reason"),
-    [("int8t", [64, 64], "one scale"), ("fp8e4m3b128x128", [64, 64], "does not divide 64"),
-     ("nf4g64dq", [64, 64], "mean"), ("q4_K", [3, 3], None), ("int8t", [64], None),
-     ("fp8e4m3b128x128", [256, 64], None)],
+    ("name", "outs", "made"),
+    [("int8t", [64, 64], "int8t has one scale for the whole weight"), ("int8t", [64], "int8t"),
+     ("fp8e4m3b128x128", [64, 64], "fp8e4m3b128x128 has a scale per 128 rows, which does not divide 64"),
+     ("fp8e4m3b128x128", [256, 64], "fp8e4m3b128x128"), ("nf4g64dq", [64, 64], "nf4g64"),
+     ("q4_K", [3, 3], "q4_K")],
 )  # fmt: skip
-def test_what_cannot_be_stored_as_one(name, outs, reason):
-    got = concat_refusal(WeightSpec.parse(name), outs, 256)
-    assert got is None if reason is None else reason in got
+def test_how_weights_are_stored_as_one(name, outs, made):
+    assert str(concat_spec(WeightSpec.parse(name), outs, 256)) == made

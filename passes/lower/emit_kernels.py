@@ -72,7 +72,7 @@ def _prepared(kernel: Kernel, site: Site) -> Sequence[Tensor]:
             alive = [part for part in held if part is not None]
             if len(alive) == len(held):
                 return alive
-    parts = storage.concat([weight.parts for weight in site.weights])
+    parts = storage.concat([weight.parts for weight in site.weights], first.spec, first.stored_shape[-1])
     prepared = list(kernel.prepare(list(parts.values())))
     made[key] = [TensorWeakRef(weight) for weight in others], [TensorWeakRef(part) for part in prepared]
     return prepared

@@ -53,9 +53,16 @@ def is_nothing(node: fx.Node, value: fx.Node) -> bool:
     if not node.args or node.args[0] is not value:
         return False
     if name == "dropout":
-        arguments = dict(enumerate(node.args)) | dict(node.kwargs)
+        arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
         return not arguments.get(2, arguments.get("training", True)) or arguments.get(1, arguments.get("p", 0.5)) == 0
-    return name == "contiguous" or (name in _CASTS and value_of(node).dtype == value_of(value).dtype)
+    if name == "contiguous":
+        return not node.kwargs
+    return name in _CASTS and _dtype(node) == _dtype(value) and value_of(node).device == value_of(value).device
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = value_of(node).dtype
+    return dtype
 
 
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as", "type"})
@@ -66,13 +73,15 @@ def _is_wider(node: fx.Node, value: fx.Node, request: KernelRequest) -> bool:
     """Rule 6: a cast upwards, or back to the dtype of the product."""
     if function_name(node) not in _CASTS or node.args[0] is not value:
         return False
-    before, after = value_of(value).dtype, value_of(node).dtype
+    before, after = _dtype(value), _dtype(node)
+    if value_of(node).device != value_of(value).device:
+        return False
     return after == request.dtype or (after in _WIDE and before.is_floating_point)
 
 
 def _is_square(node: fx.Node, value: fx.Node) -> bool:
     name = function_name(node)
-    power = node.args[1] if len(node.args) > 1 else node.kwargs.get("exponent")
+    power: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("exponent")
     return name == "square" or (name == "pow" and power == 2) or (name == "mul" and node.args == (value, value))
 
 
@@ -151,7 +160,7 @@ def _halves(value: fx.Node, width: int) -> tuple[fx.Node, fx.Node] | None:
             return None
         for piece in users[0].users:
             if function_name(piece) == "getitem" and piece.args[1] in (0, 1):
-                pieces[int(piece.args[1]) * width // 2] = piece  # type: ignore[call-overload]
+                pieces[width // 2 if piece.args[1] else 0] = piece
         users = list(users[0].users)
     else:
         for piece in users:

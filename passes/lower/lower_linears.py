@@ -173,7 +173,7 @@ class _Weight:
         x = self._before(call.x, user)
         with self.module.graph.inserting_before(user):
             operands = [] if bias is None else [bias]
-            made = product_node(self.module.graph, request, x, [self._parts()], operands)
+            made = product_node(self.module.graph, request, x, [self._parts()], operands, request.spec)
             made.meta = dict(user.meta)
             self.context.sites[made] = Site((self.name,), (self.stored,))
             self._replace(user, self._after(made, call.bias if is_rotated else None))

@@ -8,14 +8,15 @@ The results are slices of the merged one; views of them that need not be views a
 result goes into a step that the kernel takes in (an activation, a residual) are left alone, since a slice cannot be
 fused.
 It does not fire where the reference serves the product, which would save nothing; where the parts cannot be stored as
-one (`storage.concat_refusal`: scales that rows share, nested scales with ragged blocks); where a bias is computed in
-the graph; where the shared value is written in place; for more than 8 weights; and in training.
+one (`storage.concat_spec`: scales that rows share); where a bias is computed in the graph; where the shared value is
+written in place; upstream of as_strided, which holds the strides of the values that dynamo saw; for more than 8
+weights; and in training.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -48,16 +49,26 @@ class MergeSharedInput(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many sites became part of another."""
-        unsafe = written(module.graph)
+        unsafe, bound = written(module.graph), _upstream_of_strides(module.graph)
         groups: dict[tuple[fx.Node, KernelRequest, tuple[fx.Node, ...]], list[fx.Node]] = {}
         for site in context.sites:
             request = request_of(site)
-            if is_movable(site, unsafe) and context.target(request) not in (None, "reference"):
+            is_free = is_movable(site, unsafe) and site not in bound
+            if is_free and context.target(request) not in (None, "reference"):
                 alike = replace(request, n=0, epilogue=())
                 before = operands_of(site)[: sum(map(takes_operand, request.prologue)) + request.act.is_static]
                 groups.setdefault((x_of(site), alike, tuple(before)), []).append(site)
         merged = [run for sites in groups.values() for run in _runs(context, sites)]
         return sum(_merge(module, context, sites, unsafe) for sites in merged)
+
+
+def _upstream_of_strides(graph: fx.Graph) -> set[fx.Node]:
+    """Everything that a node with strides among its arguments depends on."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in found or function_name(node) == "as_strided":
+            found.update(node.all_input_nodes)
+    return found
 
 
 def _runs(context: Context, sites: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -99,34 +110,47 @@ def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node], unsaf
     requests = [request_of(site) for site in sites]
     outs = [request.n for request in requests]
     has_bias = any(request.epilogue for request in requests)
-    merged = replace(requests[0], n=sum(outs), epilogue=("bias",) if has_bias else ())
-    reason = _refusal(context, sites, merged, unsafe)
+    spec = storage.concat_spec(requests[0].spec, outs, requests[0].k)
+    named = requests[0].spec if isinstance(spec, str) else spec
+    merged = replace(requests[0], spec=named, n=sum(outs), epilogue=("bias",) if has_bias else ())
+    reason = spec if isinstance(spec, str) else _refusal(context, sites, merged, unsafe)
     if reason is not None:
         for site in sites:
             context.sites[site].left.append(f"merging ({reason})")
         return 0
+    made = _merged_node(module, sites, merged, requests[0])
     names = tuple(name for site in sites for name in context.sites[site].names)
     weights = tuple(weight for site in sites for weight in context.sites[site].weights)
-    with module.graph.inserting_before(min(sites)):
-        shared = operands_of(sites[0])[: len(operands_of(sites[0])) - bool(requests[0].epilogue)]
-        bias = [_bias(module, sites)] if has_bias else []
-        parts: list[list[fx.Node]] = [stored for site in sites for stored in site.args[1]]  # type: ignore
-        for part in (part for stored in parts for part in stored):
-            min(sites).prepend(part)
-        made = product_node(module.graph, merged, x_of(sites[0]), parts, [*shared, *bias])
-        x = value_of(sites[0])
-        made.meta = sites[0].meta | {"example_value": x.new_empty((*x.shape[:-1], sum(outs)))}
-        start = 0
-        for site, out in zip(sites, outs, strict=True):
-            piece = module.graph.call_function(getitem, (made, (Ellipsis, slice(start, start + out))))
-            piece.meta, start = dict(site.meta), start + out
-            site.replace_all_uses_with(piece)
-            _loosen(piece)
+    context.sites[made] = Site(names, weights)
+    start = 0
+    for site, out in zip(sites, outs, strict=True):
+        cut: Any = (Ellipsis, slice(start, start + out))
+        with module.graph.inserting_before(min(sites)):
+            piece = module.graph.call_function(getitem, (made, cut))
+        piece.meta, start = dict(site.meta), start + out
+        site.replace_all_uses_with(piece)
+        _loosen(piece)
     for site in sites:
         del context.sites[site]
         module.graph.erase_node(site)
-    context.sites[made] = Site(names, weights)
     return len(sites)
+
+
+def _merged_node(
+    module: fx.GraphModule, sites: Sequence[fx.Node], merged: KernelRequest, single: KernelRequest
+) -> fx.Node:
+    """The site of all, before the first of them. single: the request of the first."""
+    first, operands = min(sites), operands_of(sites[0])
+    shared = operands[: len(operands) - bool(single.epilogue)]
+    parts: list[list[fx.Node]] = [stored for site in sites for stored in site.args[1]]  # type: ignore
+    for part in (part for stored in parts for part in stored):
+        first.prepend(part)
+    with module.graph.inserting_before(first):
+        bias = [_bias(module, sites)] if merged.epilogue else []
+        made = product_node(module.graph, merged, x_of(sites[0]), parts, [*shared, *bias], single.spec)
+    seen = value_of(sites[0])
+    made.meta = sites[0].meta | {"example_value": seen.new_empty((*seen.shape[:-1], merged.n))}
+    return made
 
 
 def _refusal(
@@ -134,9 +158,6 @@ def _refusal(
 ) -> str | None:
     """None if the sites may become one, else why not."""
     requests = [request_of(site) for site in sites]
-    reason = storage.concat_refusal(merged.spec, [request.n for request in requests], merged.k)
-    if reason is not None:
-        return reason
     if any(request_of(site).epilogue and operands_of(site)[-1].op != "get_attr" for site in sites):
         return "a bias is computed in the graph"
     if any(site in unsafe and any(map(_is_view, _views_of(site))) for site in sites):

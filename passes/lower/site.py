@@ -20,6 +20,7 @@ from ptqc.fusions import apply_fusions, takes_operand
 from ptqc.passes.lower.in_place import is_in_place
 from ptqc.pipeline import Context
 from ptqc.requests import KernelRequest
+from ptqc.spec import WeightSpec
 
 __all__ = [
     "Product", "accepts", "erase_unused", "is_movable", "operands_of", "product_node", "request_of", "rewrite", "x_of",
@@ -30,10 +31,13 @@ __all__ = [
 class Product:
     """What a site calls: the reference of a request, in the dtype of its input.
 
+    stored_as: the spec of the parts; that of the request is how they are stored once they are one weight.
+
     x: [..., in]; parts: of every weight; operands: [features], or [..., features]. Returns [..., width].
     """
 
     request: KernelRequest
+    stored_as: WeightSpec
 
     def __call__(self, x: Tensor, parts: Sequence[Sequence[Tensor]], operands: Sequence[Tensor]) -> Tensor:
         request, rest = self.request, list(operands)
@@ -41,7 +45,7 @@ class Product:
         x = apply_fusions(request.prologue, x, before)
         if request.act.dtype is not None:
             x = ops.fake_quantize(x, str(request.act), rest.pop(0) if request.act.is_static else None)
-        products = [ops.linear(x, list(stored), str(request.spec), None) for stored in parts]
+        products = [ops.linear(x, list(stored), str(self.stored_as), None) for stored in parts]
         return apply_fusions(request.epilogue, products[0] if len(parts) == 1 else torch.cat(products, -1), rest)
 
     @property
@@ -55,10 +59,11 @@ def product_node(
     x: fx.Node,
     parts: Sequence[Sequence[fx.Node]],
     operands: Sequence[fx.Node],
+    stored_as: WeightSpec,
 ) -> fx.Node:
     """A new site where the graph is being written."""
     arguments = (x, [list(stored) for stored in parts], list(operands))
-    return graph.create_node("call_function", Product(request), arguments, name="product")
+    return graph.create_node("call_function", Product(request, stored_as), arguments, name="product")
 
 
 def request_of(site: fx.Node) -> KernelRequest:
@@ -81,7 +86,8 @@ def operands_of(site: fx.Node) -> list[fx.Node]:
 
 def rewrite(site: fx.Node, request: KernelRequest, x: fx.Node, operands: Sequence[fx.Node]) -> None:
     """Make a site another request, with another input and other operands."""
-    site.target = Product(request)
+    assert isinstance(site.target, Product)
+    site.target = Product(request, site.target.stored_as)
     site.args = (x, site.args[1], list(operands))
 
 

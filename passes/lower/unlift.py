@@ -9,6 +9,7 @@ static KV cache) are told to Inductor once the graph is done (`tell_static_input
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
@@ -57,7 +58,7 @@ def unlift(module: fx.GraphModule, inputs: Sequence[object]) -> Unlifted:
                 kept.append(index)
             new = graph.node_copy(node, copied.__getitem__)
         if node.op == "placeholder" and hasattr(node, "_dynamo_source"):
-            new._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = node._dynamo_source
         copied[node] = new
     unlifted = fx.GraphModule(root, graph)
     unlifted.meta = dict(module.meta)
@@ -76,9 +77,10 @@ def tell_static_inputs(module: fx.GraphModule) -> None:
     if not any(is_static) or not all(hasattr(node, "_dynamo_source") for node in inputs):
         return
     sources = {
-        str(node.target): node._dynamo_source  # type: ignore[attr-defined]
+        str(node.target): node._dynamo_source
         for node in module.graph.nodes
         if node.op == "get_attr" and hasattr(node, "_dynamo_source")
     }
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    module._param_name_to_source = {name: sources.get(name, ConstantSource(f"ptqc_{name}")) for name in names}
+    told: Any = {name: sources.get(name, ConstantSource(f"ptqc_{name}")) for name in names}
+    module._param_name_to_source = told

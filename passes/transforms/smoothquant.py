@@ -9,7 +9,8 @@ alpha is 0.5 in the paper, 0.8 or so for models with larger outliers; "search" t
 whose output is nearest to the float one on a sample of the inputs, both sides quantized as they will be.
 
 Where we differ: s is scaled to the geometric mean 1 (a common factor changes nothing but the range of float16), and
-channels of the input or the weight that are all zeros keep s = 1.
+channels of the input or the weight that are all zeros keep s = 1. Groups whose inputs stay in floating point are left
+alone: there, outliers in the weight would only hurt (7 to 12% more output error at 3 bits on the reference model).
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,12 @@ class SmoothQuant(Transform):
     def needs(self) -> frozenset[str]:
         """The largest magnitudes of the input, and a sample of it to search."""
         return frozenset({"absmax", "rows", "count"} if self.alpha == "search" else {"absmax"})
+
+    def refuses(self, members: Sequence[Member]) -> str | None:
+        """See `ptqc.transforms.Transform`."""
+        if any(member.act.dtype is not None for member in members):
+            return None
+        return 'inputs that stay in floating point need no smoothing; activation="int8-token" quantizes them'
 
     def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
         """See `ptqc.transforms.Transform`."""

@@ -7,11 +7,15 @@ Where to cut. Between two consecutive products with weights there is a gap; its 
 the live bytes are (nearly) the least of the gap. The gap is cut if
 
 1. no other value that any parameter went into is live there (masks, cosines and the like are background), or
-2. its live bytes are a local minimum among the gaps (the states of an encoder are live all through the decoder), and
-3. no span that must stay whole lies across it. A span longer than a third of the graph that a cut would fall into is
-   given up instead: it would leave pieces as large as the model.
+2. its live bytes are a local minimum among the gaps (the states of an encoder are live all through the decoder), or
+3. the product behind it depends on every product since the last cut: those are quantized by then, so what it reads is
+   computed once, by quantized weights, where otherwise it would be computed by float ones to observe it first;
 
-A residual stream is cut after every block that adds to it, since within the block its input is live as well.
+and if no span that must stay whole lies across it. A span longer than a third of the graph that a cut would fall into
+is given up instead: it would leave pieces as large as the model.
+
+A residual stream is cut after every block that adds to it, since within the block its input is live as well; a block
+of attention between q, k, v and o, one of a gated MLP between gate, up and down.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -219,10 +223,31 @@ class _Line:
         is_open = [count == 0 for count in closed]
         for first, last in spans:
             is_open[first:last] = [False] * (last - first)
-        places = [place for gap in pairwise(self.products) if (place := _least(gap, live, is_open)) is not None]
+        places = [_least(gap, live, is_open) for gap in pairwise(self.products)]
         before = live[max(self.products[0] - 1, 0)] if self.products else 0
-        minima = _local_minima([before, *(live[place] for place in places)])[1:]
-        return [place for place, is_least in zip(places, minima, strict=True) if is_least or alone[place] <= 1]
+        minima = iter(_local_minima([before, *(live[place] for place in places if place is not None)])[1:])
+        chosen, since = list[int](), 0
+        for index, place in enumerate(places):
+            since |= 1 << index
+            if place is None:
+                continue
+            depends = not since & ~self._upstream[index + 1]
+            if next(minima) or alone[place] <= 1 or depends:
+                chosen.append(place)
+                since = 0
+        return chosen
+
+    @cached_property
+    def _upstream(self) -> list[int]:
+        """For each product the products that its value depends on, as bits."""
+        bits = {self.nodes[position]: 1 << index for index, position in enumerate(self.products)}
+        behind_of: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            gathered = 0
+            for source in node.all_input_nodes:
+                gathered |= behind_of.get(source, 0) | bits.get(source, 0)
+            behind_of[node] = gathered
+        return [behind_of[self.nodes[position]] for position in self.products]
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -268,7 +268,8 @@ def observing(piece: Piece, recorder: Recorder, names: Iterable[str]) -> Callabl
     module = observed(own.module, own.parameters, recorder, wanted)
     (output,) = module.graph.find_nodes(op="output")
     output.args = ((),)
-    module.graph.eliminate_dead_code()
+    # The graph is functional: only observers do anything. Torch would keep attention, which might draw random numbers.
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
     module.recompile()
     return module
 

@@ -22,7 +22,7 @@ from ptqc.methods import quantize_weight
 from ptqc.passes.groups.check import folded
 from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import Surroundings, stored_matrix, stored_statistics
-from ptqc.transforms import Member, Transform
+from ptqc.transforms import Member, Transform, surround
 
 __all__ = ["Check", "Stage"]
 
@@ -92,7 +92,12 @@ class Stage:
             return None
         scale = None
         if group.kind != "refused" and all(entry.axis == self._input_axis(job) for job, entry in members):
-            scale = transform.scale([self._member(job, entry) for job, entry in members], group.channels)
+            seen = [self._member(job, entry) for job, entry in members]
+            reason = transform.refuses(seen)
+            if reason is None:
+                scale = transform.scale(seen, group.channels)
+            else:
+                self.report.note(f"{type(transform).__name__}: {reason}", members[0][0].name)
         if scale is None:
             self._note(group, transform, "left", None)
             return None
@@ -213,16 +218,11 @@ class Stage:
         self.weights.store(job.name, stored)
 
     def _surrounded(self, job: Job) -> tuple[Surroundings, dict[str, Tensor]]:
-        """Run-time scales so far, and what the transforms add. Only one of them can."""
-        for transform in job.rule.transforms:
-            if type(transform).around is Transform.around:
-                continue
-            around, extras = transform.around(self._member(job))
-            own, mine = self._around.get(job.name, (Surroundings(), {}))
-            if own.input_rotation or own.output_rotation:
-                raise PtqcError(f'"{job.name}": two transforms rotate it; keep one of them')
-            self._around[job.name] = replace(around, input_scale=own.input_scale), mine | extras
-        return self._around.get(job.name, (Surroundings(), {}))
+        """Run-time scales so far, and what the transforms add."""
+        around, extras = surround(job.rule.transforms, self._member(job))
+        own, mine = self._around.get(job.name, (Surroundings(), {}))
+        self._around[job.name] = replace(around, input_scale=own.input_scale), mine | extras
+        return self._around[job.name]
 
     def _correct(self, job: Job, stored: QuantTensor) -> None:
         for transform in job.rule.transforms:

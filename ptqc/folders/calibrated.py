@@ -30,10 +30,10 @@ from ptqc.calibrate import fingerprint, signature
 from ptqc.capture import CapturedGraph, capture
 from ptqc.engine.activations import Activations
 from ptqc.engine.grouping import groups_for
-from ptqc.engine.jobs import Job, Report, jobs_of
+from ptqc.engine.jobs import Report, jobs_of
 from ptqc.engine.run import quantize_calibrated
 from ptqc.engine.sequential import Plan, plan_pieces, run_sequential
-from ptqc.errors import PtqcError, SpecError, first_line
+from ptqc.errors import PtqcError, first_line
 from ptqc.folders.architecture import build_empty, build_unfilled, planned_dtype
 from ptqc.folders.artefacts import Artefact, WorkFolder, work_folder_of
 from ptqc.folders.checkpoint import load, save, write_folder
@@ -203,7 +203,6 @@ def _quantize_pieces(
     view: _View, folder: WorkFolder, target: Path, batches: Sequence[Mapping[str, Tensor]], request: Request
 ) -> StreamReport:
     jobs = jobs_of(view.work)
-    _refuse_specs(jobs)
     notes = Report()
     groups = groups_for(view.model, [view.program], batches[0], jobs, is_whole=True)
     plan = plan_pieces(view.program, jobs, groups, notes)
@@ -220,22 +219,11 @@ def _quantize_pieces(
     for line in notes.notes:
         log.warning(line)
     weights, written = _write(view, shelf.artefacts, target, request)
+    skipped = [Skipped(name, reason) for name, reason in notes.skipped.items()]
     return StreamReport(
-        weights, view.skipped, total, written, is_streamed=True, pieces=len(plan.jobs), resumed=shelf.resumed
-    )
-
-
-def _refuse_specs(jobs: Iterable[Job]) -> None:
-    """Refuse what could not be stored before anything is computed."""
-    for job in jobs:
-        try:
-            job.spec.groups(job.shape)
-        except SpecError as error:
-            raise SpecError(f'cannot store "{job.name}" as {job.spec}: {error}') from None
-        assert job.rule.method is not None
-        reason = job.rule.method.refuses(job.spec)
-        if reason is not None:
-            raise SpecError(f'"{job.name}": {reason}')
+        weights, (*view.skipped, *skipped), total, written,
+        is_streamed=True, pieces=len(plan.jobs), resumed=shelf.resumed,
+    )  # fmt: skip
 
 
 def _shelf(view: _View, plan: Plan, folder: WorkFolder) -> Shelf:
@@ -257,7 +245,7 @@ def _write(
         parts = Manifest(own).layout()
         weights |= own
         made |= dict.fromkeys([*own, *(name for name in artefact.entries if name not in parts)], artefact)
-    weights = {site.name: weights[site.name] for site, _ in view.work}
+    weights = {site.name: weights[site.name] for site, _ in view.work if site.name in weights}
     entries = view.sources.entries
     blocks = [_block(name, entry, made.get(name), weights.get(name)) for name, entry in entries.items()]
     total, done = sum(block.source_bytes for block in blocks), 0

@@ -93,8 +93,7 @@ class Shelf:
     def keep(self, piece: Piece, names: Sequence[str]) -> None:
         """Write a finished piece into the folder."""
         state: dict[str, Tensor] = {}
-        for name in names:
-            weight = self._stored[name]
+        for name, weight in ((name, self._stored[name]) for name in names if name in self._stored):
             state[name] = weight.with_parts(weight.parts, dtype=self.dtypes[name])
         for name in sorted(self._changed):
             state[name] = self._floats[name].to(self.dtypes[name])

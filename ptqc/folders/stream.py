@@ -38,11 +38,11 @@ from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.shards import Append, Block
 from ptqc.folders.sources import Sources, direct_sources
 from ptqc.folders.staging import refuse_target, staged
-from ptqc.methods import Method, hold_scales, quantize_weight, rows_at_once
+from ptqc.methods import Method, hold_scales, rows_at_once
 from ptqc.recipe import Recipe, Rule, fitted_spec, recipe_rows, remember
 from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
-from ptqc.surroundings import Surroundings
+from ptqc.surroundings import stored_matrix
 
 __all__ = ["OnProgress", "StreamReport", "quantize_folder"]
 
@@ -118,8 +118,7 @@ def _quantize_streamed(
         for name, (site, rule) in {site.name: (site, rule) for site, rule in work}.items():
             entry = sources.entries[name]
             weights[name] = _plan(site, rule, entry, planned_dtype(model, name, dtype or entry.dtype))
-            assert rule.method is not None
-            blocks[name] = _quantized(name, entry, weights[name], rule.method)
+            blocks[name] = _quantized(name, entry, weights[name], rule)
         ordered = [blocks.get(name) or copied(name, entry) for name, entry in sources.entries.items()]
         total, done = sum(block.source_bytes for block in ordered), 0
 
@@ -138,16 +137,17 @@ def _plan(site: Site, rule: Rule, entry: TensorEntry, dtype: torch.dtype) -> Sto
     """How a weight will be stored. Reads it once: its values are checked, and its largest decides the scale type."""
     assert rule.method is not None
     shape = site.stored_shape
-    spec = fitted_spec(rule, shape)
-    try:
-        spec.groups(shape)
-    except SpecError as error:
-        raise SpecError(f'cannot store "{site.name}" as {spec}: {error}') from None
-    spec = hold_scales(spec, _magnitude(site.name, entry), site.name)
+    around, extras = rule.surround(torch.zeros(()).expand(shape), site.name)
+    magnitude = _magnitude(site.name, entry)
+    if not around.keeps_weight:
+        weight = entry.read()
+        matrix = stored_matrix(weight.mT if site.is_transposed else weight, around, extras)
+        magnitude = float(matrix.abs().amax())
+    spec = hold_scales(fitted_spec(rule, shape), magnitude, site.name)
     reason = rule.method.refuses(spec)
     if reason is not None:
         raise SpecError(f'"{site.name}": {reason}')
-    return StoredWeight(spec, shape, dtype, site.is_transposed, Surroundings(act=rule.activation))
+    return StoredWeight(spec, shape, dtype, site.is_transposed, around)
 
 
 def _magnitude(name: str, entry: TensorEntry) -> float:
@@ -166,15 +166,14 @@ def _magnitude(name: str, entry: TensorEntry) -> float:
     return largest
 
 
-def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, method: Method) -> Block:
-    columns = stored.shape[-1]
-    step = None if stored.is_transposed else rows_at_once(method, stored.spec, columns)
+def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, rule: Rule) -> Block:
+    method = rule.method
+    assert method is not None
+    is_as_read = not stored.is_transposed and stored.surroundings.keeps_weight
+    step = rows_at_once(method, stored.spec, stored.shape[-1]) if is_as_read else None
 
     def whole(append: Append) -> None:
-        weight = quantize_weight(
-            entry.read(), method, stored.spec, name=name, is_transposed=stored.is_transposed,
-            surroundings=stored.surroundings,
-        )  # fmt: skip
+        weight = rule.quantize(entry.read(), name=name, is_transposed=stored.is_transposed)
         for part, value in weight.tensors.items():
             append(f"{name}.{part}", value)
 

@@ -60,22 +60,25 @@ def assert_equal_to_the_whole(model, batch, whole, division):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "transposed", "experts", "mixed"])
-def test_pieces_one_after_another_are_the_program(name):
+@pytest.mark.parametrize(
+    ("name", "count"), [("plain", 9), ("tied", 9), ("transposed", 9), ("experts", 11), ("mixed", 21)]
+)
+def test_pieces_one_after_another_are_the_program(name, count):
     model = tiny(name)
     batch = batch_of(model)
     whole = made(model, batch)
     division = cut(whole)
-    assert len(division.pieces) == (11 if name == "mixed" else 5)
+    assert len(division.pieces) == count
     assert_equal_to_the_whole(model, batch, whole, division)
 
 
-def test_a_llama_is_cut_after_every_residual_add():
+def test_a_llama_is_cut_wherever_a_product_waits_for_all_before_it_and_after_every_residual_add():
     model = tiny("plain")
     division = cut(made(model, batch_of(model)))
-    layers = [{name.split(".")[3] for name in piece.parameters if "layers" in name} for piece in division.pieces]
-    assert layers == [{"input_layernorm", "self_attn"}, {"post_attention_layernorm", "mlp"}] * 2 + [set()]
-    for piece in division.pieces[:-1]:
+    linears = [{name.split(".")[-2] for name in piece.parameters if "_proj" in name} for piece in division.pieces]
+    attention, mlp = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}], [{"gate_proj", "up_proj"}, {"down_proj"}]
+    assert linears == [*attention, *mlp] * 2 + [set()]
+    for piece in division.pieces[1:-1:2]:
         (carried,) = [name for name in piece.gives if name.startswith("add")]
         ((output,),) = [piece.program.graph.find_nodes(op="output")]
         node = output.args[0][piece.gives.index(carried)]
@@ -86,9 +89,9 @@ def test_a_llama_is_cut_after_every_residual_add():
 def test_the_states_of_an_encoder_are_carried_through_the_decoder():
     model = tiny("mixed")
     division = cut(made(model, batch_of(model)))
-    (states,) = [name for name in division.pieces[5].takes if name in division.pieces[8].takes and "mul" in name]
-    assert states in division.pieces[4].gives
-    assert division.shared == {"shared.weight": (0, 4, 10)}
+    (states,) = [name for name in division.pieces[10].takes if name in division.pieces[16].takes and "mul" in name]
+    assert states in division.pieces[8].gives
+    assert division.shared == {"shared.weight": (0, 8, 20)}
 
 
 def test_a_chain_is_cut_at_every_linear():
@@ -131,8 +134,26 @@ def test_a_span_as_long_as_the_model_is_given_up():
     span = span_of(whole, group("model.layers.0.input_layernorm.weight", "lm_head.weight"))
     division = cut(whole, [span])
     assert division.given_up == (span,)
-    assert len(division.pieces) == 5
+    assert len(division.pieces) == 9
     assert span_of(whole, group("nothing", "nowhere")) is None
+
+
+def test_branches_that_do_not_wait_for_each_other_stay_together():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return torch.relu(self.second(hidden)) + self.third(hidden)
+
+    model, batch = Branches(), {"x": torch.randn(3, 16)}
+    whole = made(model, batch)
+    division = cut(whole)
+    linears = [{name.split(".")[0] for name in piece.parameters} for piece in division.pieces]
+    assert linears == [{"first"}, {"second", "third"}]
+    assert_equal_to_the_whole(model, batch, whole, division)
 
 
 def test_a_graph_without_weights_is_one_piece():

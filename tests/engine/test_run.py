@@ -88,15 +88,24 @@ def test_a_graph_break_is_reported_with_its_reason(seeded):
 
 def test_groups_do_not_cross_a_graph_break(seeded):
     model = Broken().eval()
-    before, report = quantized(model, ["smoothquant", "rtn"], bits=8)
+    before, report = quantized(model, ["smoothquant", "rtn"], bits=8, activation="int8-token")
     done = {outcome.group.names: outcome.done for outcome in report.groups}
     assert done["up.weight",] == "folded" and done["down.weight",] == "run-time"
     with torch.no_grad():
         assert distance(model(X), before) < 0.02
 
 
+def test_nothing_is_smoothed_where_inputs_stay_in_float(seeded):
+    model = Perceptron().eval()
+    gain = model.norm.weight.clone()
+    _, report = quantized(model, ["smoothquant", "rtn"], bits=8)
+    assert {outcome.done for outcome in report.groups} == {"left"}
+    assert any("need no smoothing" in line and "int8-token" in line for line in report.notes)
+    assert torch.equal(model.norm.weight, gain)
+
+
 def test_every_fold_was_checked(seeded):
-    _, report = quantized(Perceptron().eval(), ["smoothquant", "rtn"], bits=8)
+    _, report = quantized(Perceptron().eval(), ["smoothquant", "rtn"], bits=8, activation="int8-token")
     assert {outcome.done for outcome in report.groups} == {"folded"}
     assert all(outcome.error is not None and outcome.error <= 1e-9 for outcome in report.groups)
 
@@ -147,7 +156,7 @@ def test_a_failure_leaves_the_model_as_it_was(seeded):
     model = Perceptron().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(PtqcError, match="group 48"):
-        quantized(model, ["smoothquant", "rtn"], spec="int4g48")
+        quantized(model, ["smoothquant", "rtn"], spec="int4g48", activation="int8-token")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

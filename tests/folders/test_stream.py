@@ -98,6 +98,16 @@ def test_merged_experts_are_loaded_whole_and_the_log_says_so(tmp_path, caplog):
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 
+def test_rotations_are_streamed_too(source, out, tmp_path):
+    rules = [make_rule("*", ["hadamard", "rtn"], bits=4, group_size=32)]
+    report = quantize_folder(source, out, recipe=rules)
+    assert report.is_streamed and all(weight.surroundings.input_rotation for weight in report.weights.values())
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    save(quantize(whole, recipe=rules, progress=False), tmp_path / "whole")
+    files = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (out, tmp_path / "whole")]
+    assert files[0] == files[1]
+
+
 def test_the_same_source_gives_the_same_bytes(source, out):
     quantize_folder(source, out, method=RTN)
     first = {file.name: file.read_bytes() for file in out.iterdir()}

@@ -91,10 +91,11 @@ extern "C"  void  kernel(const float* in_ptr0)
 class Runner:
     def call(self, args):
         cpp_fused_add_0(arg0_1, buf0)
+        cpp_fused_add_0(buf0, buf0)
         buf1 = torch.ops.ptqc.k_12.default(buf0, [arg1_1], [], 64)
         # buffer buf1 (op: torch.ops.ptqc.k_12.default) is assumed to be not aligned
         extern_kernels.mm(buf1, arg2_1, out=buf2)
         buf3 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(buf2, buf2, buf2)
         triton_poi_fused_0.run(buf3, 64, stream=stream0)
 """
-    assert launches(code) == {"ptqc": 1, "inductor": 2, "others": 2, "loops": 2}
+    assert launches(code) == {"ptqc": 1, "inductor": 3, "others": 2, "loops": 4}

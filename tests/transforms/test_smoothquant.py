@@ -46,6 +46,12 @@ def test_alpha_one_half_gives_inputs_and_weights_equal_magnitudes():
     assert scale.log().mean().abs() < 1e-5
 
 
+def test_inputs_in_floating_point_are_not_smoothed():
+    floating, static = member(with_outliers(), act=ActSpec()), member(with_outliers())
+    assert "int8-token" in SmoothQuant().refuses([floating])
+    assert SmoothQuant().refuses([floating, static]) is None
+
+
 def test_it_rescues_static_activations():
     one = member(with_outliers())
     for alpha in (0.5, "search"):
