@@ -3,7 +3,7 @@
 16 layers, width 2048, 8192 inside the MLP, random weights; batch 1, a prompt of 128 tokens, then 128 tokens one by one.
 ptqc: `torch.compile(backend="ptqc")` on weights stored in 4 bits; bfloat16: `torch.compile` on the float model; both
 with a static cache and two graphs. llama.cpp (package llama-cpp-python, left out without it): the same 4-bit weights in
-a GGUF file. The output head is stored in 4 bits too, on all sides.
+a GGUF file, with the vocabulary of the reference model and nothing behind it. The output head is stored in 4 bits too.
 
     python -m benchmarks.cpu_decode [--quick] [--threads 1] [--specs int4g32 nf4g64] [--json FILE]
 """
@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import ptqc
+from benchmarks import reference
 from benchmarks.cpu_linear import cpu_name
 from benchmarks.launches import static_cache
 from ptqc.codegen.cpp.isa import running_isa
@@ -70,7 +71,7 @@ def time_llama(model, quant, threads, tokens):
     """The same by llama.cpp."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        ptqc.export(model, "gguf", path, quant=quant)
+        ptqc.export(model, "gguf", path, quant=quant, tokenizer=reference.FOLDER)
         runner = llama_cpp.Llama(
             str(path), n_ctx=PROMPT + tokens, n_threads=threads, n_threads_batch=threads, verbose=False
         )
