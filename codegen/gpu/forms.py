@@ -1,0 +1,183 @@
+"""Which form a spec takes in kernels on 16-bit words: its layout, the text that decodes it, its scales and zeros.
+
+`form_of` is what the text is made from; `pack_parts` brings stored parts into that form, once per weight. Scales in
+groups become float16 with one power of two for the whole weight taken out (so that none leaves its range), scales of
+whole rows float32. A minimum becomes a zero in units of codes: scale * code - minimum = scale * (code - minimum/scale).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ptqc import storage
+from ptqc.codegen.gpu.decode import HALVES, Half, Subtracted, decode_floats, decode_integers, decode_table
+from ptqc.codegen.gpu.lattices import decode_lattice, lattice_layout, lattice_tables, lattice_words
+from ptqc.codegen.gpu.words import WordLayout, pack_words, word_layout
+from ptqc.spec import WeightSpec
+
+__all__ = ["OUTPUT_STEP", "WeightForm", "form_of", "pack_parts", "padded"]
+
+OUTPUT_STEP = 128
+"""Outputs are filled up to a multiple of this."""
+
+_FARTHEST_ZERO = 32768.0
+"""A zero farther from the codes than this (in steps) leaves nothing of them in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """layout of the words; fields_per_scale: fields of a block that share a scale, None for scales of whole rows.
+
+    stride: distance of neighbouring rows in the input (8 for codes of eight weights). functions and calls: the text
+    that decodes words w0 .. into levels f0 .. . pointers: of the prepared parts, in order.
+    """
+
+    spec: WeightSpec
+    half: Half | None
+    layout: WordLayout
+    fields_per_scale: int | None
+    subtracted: Subtracted
+    functions: str
+    calls: tuple[str, ...]
+    stride: int = 1
+    factor: float = 1.0
+    tables: tuple[str, ...] = ()
+
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """Names of the prepared parts in kernels."""
+        norm = () if self.fields_per_scale is None else ("norm_ptr",)
+        zero = ("z_ptr",) if self.subtracted.is_tile else ()
+        return ("w_ptr", "s_ptr", *norm, *zero, *self.tables)
+
+    @property
+    def pointer_types(self) -> tuple[str, ...]:
+        """Their types, as Triton's compiler wants them."""
+        scale = "*fp32" if self.fields_per_scale is None or self.half is None else "*fp16"
+        table = "*fp32" if self.tables == ("levels_ptr",) else "*i32"
+        kinds = {"w_ptr": "*i16", "s_ptr": scale, "norm_ptr": "*fp32", "z_ptr": "*fp16" if self.half else "*fp32"}
+        return tuple(kinds.get(name, table) for name in self.pointers)
+
+
+def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
+    """The form of a spec for activations of `dtype`, or the reason why it has none."""
+    half = HALVES.get(dtype)
+    group = None if spec.group is None or spec.group >= k else spec.group
+    book = spec.book
+    lattice = None if book is None else book.lattice
+    layout = word_layout(spec.bits, group) if lattice is None else lattice_layout(lattice, group)
+    if isinstance(layout, str):
+        return layout
+    shared = None if group is None else _fields_per_scale(layout, group, lattice is not None)
+    subtracted = _subtracted(spec)
+    if lattice is not None:
+        functions, calls = decode_lattice(lattice, half)
+        return WeightForm(
+            spec, half, layout, shared, subtracted, functions, tuple(calls), stride=8, factor=0.5,
+            tables=lattice_tables(lattice),
+        )  # fmt: skip
+    if book is not None and book.float_dtype is not None:
+        functions, calls = decode_floats(book.float_dtype, half)
+        return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
+    if book is not None and spec.codebook != "ternary":
+        functions, calls = decode_table(layout, book.levels, half)
+        return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls), tables=("levels_ptr",))
+    functions, calls = decode_integers(layout, spec.bits, half, subtracted, shared or layout.fields)
+    return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
+
+
+def _fields_per_scale(layout: WordLayout, group: int, is_vector: bool) -> int:
+    if is_vector:
+        return layout.fields
+    return gcd(group // layout.rows, layout.fields)
+
+
+def _subtracted(spec: WeightSpec) -> Subtracted:
+    if spec.zero != "none":
+        return Subtracted(is_tile=True, has_fractions=spec.zero != "int")
+    return Subtracted(1 if spec.codebook == "ternary" else 1 << (spec.bits - 1) if spec.bits <= 8 else 0)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def padded(outputs: int) -> int:
+    """Outputs of a weight once it is filled up."""
+    return -(-outputs // OUTPUT_STEP) * OUTPUT_STEP
+
+
+def pack_parts(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int], is_interleaved: bool) -> list[Tensor]:
+    """The stored parts of a weight of `shape` [out, in] in the form that kernels read, in the order of `pointers`.
+
+    is_interleaved: rows of the two halves take turns, for gates.
+    """
+    spec = form.spec
+    named = dict(zip(storage.part_names(spec), parts, strict=True))
+    codes = spec.packer.unpack(named["codes"], spec.bits, shape[1] // spec.vector)
+    if codes.dtype not in (torch.uint8, torch.int64):
+        codes = codes.view(torch.uint8)
+    scale, zero = (_by_output(s, spec, shape) for s in storage.decode_scales(named, spec, shape))
+    assert scale is not None
+    if is_interleaved:
+        order = torch.arange(shape[0], device=codes.device).view(2, -1).T.flatten()
+        codes, scale, zero = codes[order], scale[order], None if zero is None else zero[order]
+    if spec.zero == "min" and zero is not None:
+        codes, scale, zero = _minimum_to_zero(codes, scale, zero)
+    outputs, blocks = padded(shape[0]), -(-shape[1] // form.layout.block)
+    columns = scale.shape[1] if form.fields_per_scale is None else -(-blocks * form.layout.block // (spec.group or 1))
+    if form.stride == 1:
+        words = pack_words(codes, form.layout, outputs)
+    else:
+        words = lattice_words(codes, form.layout, outputs)
+    found = {"w_ptr": words} | _scale_parts(scale * form.factor, form, columns, outputs)
+    if zero is not None:
+        found["z_ptr"] = _transposed(zero, columns, outputs).to(torch.float16 if form.half else torch.float32)
+    found |= _tables(form, codes.device)
+    return [found[name] for name in form.pointers]
+
+
+def _by_output(scale: Tensor | None, spec: WeightSpec, shape: tuple[int, int]) -> Tensor | None:
+    """One row of scales for every output."""
+    return scale if scale is None or spec.rows == 1 else scale.repeat_interleave(spec.rows or shape[0], 0)[: shape[0]]
+
+
+def _transposed(scale: Tensor, columns: int, outputs: int) -> Tensor:
+    return pad(scale, (0, columns - scale.shape[1], 0, outputs - scale.shape[0])).T.contiguous()
+
+
+def _scale_parts(scale: Tensor, form: WeightForm, columns: int, outputs: int) -> dict[str, Tensor]:
+    wide = _transposed(scale, columns, outputs)
+    if form.fields_per_scale is None:
+        return {"s_ptr": wide}
+    if form.half is None:
+        return {"s_ptr": wide, "norm_ptr": wide.new_ones(1)}
+    # The largest scale goes to 2^14 .. 2^15; a power of two changes no bit of the others unless they are 2^28 smaller.
+    largest = wide.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    norm = torch.exp2(largest.log2().floor() - 14)
+    return {"s_ptr": (wide / norm).to(torch.float16), "norm_ptr": norm.view(1)}
+
+
+def _minimum_to_zero(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero with scale * (code - zero) = scale * code - minimum.
+
+    Where a group is constant but for what 16 bits cannot see, its codes become 0 and its scale the minimum itself.
+    """
+    is_flat = (minimum.abs() >= scale.abs() * _FARTHEST_ZERO) | (scale == 0)
+    zero = torch.where(is_flat, torch.where(minimum == 0, 0.0, 1.0), minimum / torch.where(is_flat, 1.0, scale))
+    spread = is_flat.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    return codes.masked_fill(spread, 0), torch.where(is_flat, minimum, scale), zero
+
+
+def _tables(form: WeightForm, device: torch.device) -> Mapping[str, Tensor]:
+    book = form.spec.book
+    if book is None or not form.tables:
+        return {}
+    if book.lattice is not None:
+        return {name: table.to(device) for name, table in lattice_tables(book.lattice).items()}
+    levels = pad(book.table(device), (0, 16 - len(book.levels)))
+    dtype = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}[form.half.suffix] if form.half else torch.float32
+    return {"levels_ptr": levels.to(dtype).float()}

@@ -1,0 +1,170 @@
+"""What the text of a kernel runs: `Linear.prepare` and `Linear.run` around the kernels that the text defines.
+
+Programs that share a tile meet in a workspace and at counters, which are zero between launches. There is one for every
+stream, and one for all CUDA graphs, made when a weight is prepared: memory that is taken while a graph is captured
+belongs to that graph. Two graphs with split products must therefore not run at the same time.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptqc.act_spec import ActSpec
+from ptqc.codegen.gpu.forms import WeightForm, form_of, pack_parts, padded
+from ptqc.codegen.gpu.inputs import needs_entry, prologue_pointers
+from ptqc.codegen.gpu.tiles import device_facts, is_dense_better, split_of, tile_for
+from ptqc.fusions import narrows
+from ptqc.requests import KernelRequest
+from ptqc.spec import WeightSpec
+
+__all__ = ["Linear", "is_interpreted"]
+
+_WORKSPACE = 2 * 8 * 1024 * 1024
+"""Float32 numbers in a workspace: two programs on each of up to 512 processors, tiles of 128 x 128."""
+_COUNTERS = 4096
+
+_workspaces: dict[tuple[torch.device, int | str], tuple[Tensor, Tensor]] = {}
+
+
+def is_interpreted() -> bool:
+    """True if Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight-only kernel. kernels: the Triton functions of the text, by name."""
+
+    spec: str
+    n: int
+    k: int
+    dtype: torch.dtype
+    kernels: Mapping[str, Any]
+    prologue: tuple[str, ...] = ()
+    epilogue: tuple[str, ...] = ()
+
+    @cached_property
+    def request(self) -> KernelRequest:
+        """The request that the text was made for."""
+        return KernelRequest(
+            WeightSpec.parse(self.spec), self.n, self.k, self.dtype, "cuda", ActSpec(), self.prologue, self.epilogue
+        )
+
+    @cached_property
+    def form(self) -> WeightForm:
+        """The form of the weight."""
+        form = form_of(self.request.spec, self.k, self.dtype)
+        assert isinstance(form, WeightForm)
+        return form
+
+    @cached_property
+    def has_gate(self) -> bool:
+        """True if the two halves of the outputs take turns."""
+        return any(map(narrows, self.epilogue))
+
+    def prepare(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The stored parts in the form that the kernels read."""
+        prepared = pack_parts(parts, self.form, (self.n, self.k), self.has_gate)
+        reserve_workspace(prepared[0].device)
+        return prepared
+
+    def run(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
+        """The result for x [rows, in]."""
+        out = x.new_empty((x.shape[0], self.request.width))
+        if len(x) == 0:
+            return out
+        before = len(prologue_pointers(self.request))
+        contiguous = [operand.contiguous() for operand in operands]
+        with on_device(x.device):
+            v = x.contiguous()
+            if needs_entry(self.request):
+                v = enter(self.kernels["enter"], v, contiguous[:before])
+            weight_bytes = parts[0].numel() * 2
+            if is_dense_better(len(x), self.n, self.k, weight_bytes, device_facts(x.device)):
+                self._dense(v, parts, contiguous[before:], out)
+            else:
+                self._fused(v, parts, contiguous[before:], out)
+        return out
+
+    def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
+        outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
+        launch_product(self.kernels["matmul"], [x, *parts, *operands, out], x, (self.n, self.k, outputs), blocks)
+
+    def _dense(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
+        outputs, blocks, modes = padded(self.n), -(-self.k // self.form.layout.block), device_modes(x.device)
+        weight = x.new_empty((self.k, outputs))
+        self.kernels["unpack"][outputs // 128, blocks](*parts, weight, self.n, self.k, outputs, BN=128, **modes)
+        y = x @ weight
+        grid = (-(-len(x) // 32) * (outputs // 64),)
+        self.kernels["finish"][grid](y, *operands, out, len(x), self.n, outputs, BM=32, BN=64)
+
+
+def launch_product(
+    kernel: Any, pointers: Sequence[Tensor], x: Tensor, sizes: tuple[int, int, int], blocks: int
+) -> None:
+    """Launch a product over `blocks` blocks. pointers: up to the result. sizes: n, k, and outputs with padding."""
+    device, tile = device_facts(x.device), tile_for(len(x))
+    tiles = sizes[2] // tile.outputs * -(-len(x) // tile.rows)
+    split, chunk = split_of(tiles, blocks, device)
+    partial, counters = workspace(x.device)
+    if tiles * split * tile.rows * tile.outputs > partial.numel() or tiles > counters.numel():
+        split, chunk = 1, blocks
+    kernel[tiles, split](
+        *pointers, partial, counters, len(x), *sizes, blocks, chunk, split, BM=tile.rows, BN=tile.outputs,
+        IS_SPLIT=split > 1, num_warps=tile.warps, num_stages=tile.stages, **device_modes(x.device),
+    )  # fmt: skip
+
+
+def enter(kernel: Any, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    """The input after the prologue, in its own type."""
+    v = torch.empty_like(x)
+    width = 1 << (x.shape[1] - 1).bit_length()
+    kernel[(len(x),)](x, *operands, v, x.shape[1], GROUPS=1, WIDTH=width, num_warps=entry_warps(width))
+    return v
+
+
+def entry_warps(width: int) -> int:
+    """Warps for a row of so many numbers."""
+    return min(16, max(1, width // 512))
+
+
+def device_modes(device: torch.device) -> dict[str, bool]:
+    """PTX: the kernel may use assembler. EMULATED: it runs in the interpreter, which multiplies no bfloat16."""
+    return {"PTX": device.type == "cuda" and torch.version.hip is None, "EMULATED": device.type != "cuda"}
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on this device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def reserve_workspace(device: torch.device) -> None:
+    """Make the workspaces of the current stream and of graphs, if they are not there."""
+    workspace(device)
+    if device.type == "cuda":
+        _workspace_of(device, "graph")
+
+
+def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for partial sums, and counters that are zero, for the current stream."""
+    if device.type != "cuda":
+        return _workspace_of(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _workspace_of(device, "graph")
+    return _workspace_of(device, int(torch.cuda.current_stream(device).cuda_stream))
+
+
+def _workspace_of(device: torch.device, key: int | str) -> tuple[Tensor, Tensor]:
+    if (device, key) not in _workspaces:
+        size = _WORKSPACE if device.type == "cuda" else _WORKSPACE // 16
+        partial = torch.empty(size, device=device)
+        _workspaces[device, key] = partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _workspaces[device, key]

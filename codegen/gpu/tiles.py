@@ -1,0 +1,80 @@
+"""Which tile for how many rows of input, into how many runs a product is split, and when a dense product is faster.
+
+Looked up when a kernel is launched, from the number of rows at hand: no guards, no recompiles but for a tile that was
+not used before.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+__all__ = ["Device", "Tile", "device_facts", "is_dense_better", "split_of", "tile_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """rows, outputs: of the result that one program computes; warps, stages: as Triton takes them."""
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """processors: streaming multiprocessors; flops: of 16-bit tensor cores, bandwidth: bytes, both per second."""
+
+    processors: int
+    flops: float
+    bandwidth: float
+
+
+TILES = (Tile(8, 128, 4, 4), Tile(16, 128, 4, 4), Tile(32, 128, 4, 4), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3))
+"""By rows. Where two stages of 128 inputs leave room, four are kept on their way: memory takes about a microsecond."""
+
+_PER_PROCESSOR: dict[tuple[int, int], tuple[float, float]] = {
+    (8, 0): (2.9e12, 1.62e10), (8, 6): (0.9e12, 0.9e10), (8, 9): (1.25e12, 0.7e10), (9, 0): (6.0e12, 2.5e10),
+}  # fmt: skip
+"""By compute capability: flops and bandwidth of one processor, as large products and copies reach them."""
+_UNKNOWN = (4.0e12, 2.0e10)
+_INTERPRETED = Device(8, 2.6e14, 3.0e12)
+_FUSED_EFFICIENCY = 0.55
+"""Share of a dense product's speed that ours reach when they compute rather than wait for memory."""
+
+
+def tile_for(rows: int) -> Tile:
+    """The smallest tile that holds the rows, or the largest."""
+    return next((tile for tile in TILES if rows <= tile.rows), TILES[-1])
+
+
+def split_of(tiles: int, blocks: int, device: Device) -> tuple[int, int]:
+    """Runs into which the blocks of every tile are split, and blocks of a run, so that two programs meet on a processor.
+
+    >>> split_of(32, 32, Device(132, 0, 0))
+    (8, 4)
+    """
+    wanted = max(1, 2 * device.processors // tiles)
+    # A run shorter than the pipeline is deep waits for memory all the time.
+    chunk = max(-(-blocks // wanted), min(4, blocks))
+    return -(-blocks // chunk), chunk
+
+
+def is_dense_better(rows: int, n: int, k: int, weight_bytes: int, device: Device) -> bool:
+    """True if unpacking the weight once and multiplying densely takes less time than the fused kernel."""
+    flops = 2 * rows * n * k / device.flops
+    fused = max(weight_bytes / device.bandwidth, flops / _FUSED_EFFICIENCY)
+    dense = (weight_bytes + 4 * n * k) / device.bandwidth + flops
+    return dense < fused
+
+
+@cache
+def device_facts(device: torch.device) -> Device:
+    """What is known of a device."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    flops, bandwidth = _PER_PROCESSOR.get((found.major, found.minor), _UNKNOWN)
+    count = int(found.multi_processor_count)
+    return Device(count, flops * count, bandwidth * count)
