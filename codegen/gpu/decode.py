@@ -20,7 +20,7 @@ import torch
 
 from ptqc.codegen.gpu.words import Piece, WordLayout
 
-__all__ = ["HALVES", "Half", "Subtracted", "decode_floats", "decode_integers", "decode_table"]
+__all__ = ["HALVES", "Half", "Subtracted", "byte_planes", "decode_floats", "decode_integers", "decode_table"]
 
 _LONGEST = 4
 """Fields decoded by one function: more would hold too many registers at a time."""
@@ -123,16 +123,20 @@ class _Program:
             return self.fresh(f"add.rn.f16x2 @, {a}, {b};")
         return self.fma(a, self.number(1.0), b)
 
-    def call(self, results: Sequence[str]) -> str:
-        """The Triton expression that runs the program and gives the results."""
+    def call(self, results: Sequence[str], tile_registers: int = 1) -> str:
+        """The Triton expression that runs the program and gives the results.
+
+        tile_registers: registers of a tile for two rows, of which the first is read: two if it is 32 bits wide.
+        """
         lines = [*self.lines, *(f"mov.b32 ${place}, {result};" for place, result in enumerate(results))]
         asm = "\n".join(["{", *(f".reg .b32 {register};" for register in self.registers.values()), *lines, "}"])
-        operands = [f"$w{word}" for word in self.words] + [f"$t{place}" for place in range(len(self.tiles))]
-        for place, operand in enumerate(operands):
-            asm = asm.replace(f"{operand},", f"${place + self.outputs},").replace(
-                f"{operand};", f"${place + self.outputs};"
-            )
-        constraints = ",".join(["=r"] * self.outputs + ["r"] * len(operands))
+        tiles = self.outputs + len(self.words)
+        places = {f"$w{word}": self.outputs + i for i, word in enumerate(self.words)}
+        places |= {f"$t{i}": tiles + i * tile_registers for i in range(len(self.tiles))}
+        for operand, place in places.items():
+            asm = asm.replace(f"{operand},", f"${place},").replace(f"{operand};", f"${place};")
+        inputs = len(self.words) + len(self.tiles) * tile_registers
+        constraints = ",".join(["=r"] * self.outputs + ["r"] * inputs)
         types = f"({', '.join([self.half.triton] * self.outputs)})" if self.outputs > 1 else self.half.triton
         arguments = ", ".join([f"w{word}" for word in self.words] + self.tiles)
         text = asm.replace("\n", "\n            ")
@@ -297,35 +301,52 @@ def _field(
 # -------------------------------------------------------------------- tables of 16 levels
 
 
-def decode_table(layout: WordLayout, levels: Sequence[float], half: Half | None) -> tuple[str, list[str]]:
-    """Text of the function for codes of 4 bits that index 16 levels, and the line that calls it.
-
-    The plain form reads the levels, rounded already, from memory: `levels_ptr`, 16 float32.
-    """
-    assert layout.fields == 4 and layout.words == 1
-    plain = ", ".join(
-        f"tl.load(levels_ptr + ((w0 >> {4 * j}) & 15).to(tl.int32)).to({half.triton if half else 'tl.float32'})"
-        for j in range(4)
-    )
-    lines = ["@triton.jit", "def decode_0(w0, levels_ptr, PTX: tl.constexpr):"]
-    if half is not None:
-        lines += ["    if PTX:", f"        return {_table_program(levels, half)}"]
-    return "\n".join([*lines, f"    return {plain}"]), ["f0, f1, f2, f3 = decode_0(w0, levels_ptr, PTX)"]
-
-
-def _table_program(levels: Sequence[float], half: Half) -> str:
+def byte_planes(levels: Sequence[float], half: Half) -> list[int]:
+    """The bytes of up to 16 levels, four to an int32: four words of low bytes, four of high bytes."""
     dtype = torch.float16 if half.suffix == "f16x2" else torch.bfloat16
     bits = [int(value) & 0xFFFF for value in torch.tensor(list(levels)).to(dtype).view(torch.int16).tolist()]
     bits += [0] * (16 - len(bits))
+    words = [sum((bits[4 * i + k] >> shift & 255) << 8 * k for k in range(4)) for shift in (0, 8) for i in range(4)]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def decode_table(layout: WordLayout, half: Half | None) -> tuple[str, list[str], list[str]]:
+    """Text of the function for codes of 4 bits that index 16 levels, the lines that call it, and those before the loop.
+
+    The planes of `byte_planes` come from memory: as constants they would be put into registers again for every use.
+    float32 levels are read from memory one by one.
+    """
+    assert layout.fields == 4 and layout.words == 1
+    codes = [f"((w0 >> {4 * j}) & 15).to(tl.int32)" for j in range(4)]
+    if half is None:
+        plain = ", ".join(f"tl.load(levels_ptr + {code})" for code in codes)
+        text = f"@triton.jit\ndef decode_0(w0, levels_ptr, PTX: tl.constexpr):\n    return {plain}"
+        return text, ["f0, f1, f2, f3 = decode_0(w0, levels_ptr, PTX)"], []
+    planes = ", ".join(f"plane{i}" for i in range(8))
+    lines = [
+        "@triton.jit",
+        "def level_of(code, planes_ptr):",
+        "    low = (tl.load(planes_ptr + (code >> 2)) >> ((code & 3) * 8)) & 255",
+        "    high = (tl.load(planes_ptr + 4 + (code >> 2)) >> ((code & 3) * 8)) & 255",
+        f"    return (low | (high << 8)).to(tl.int16).to({half.triton}, bitcast=True)",
+        "",
+        "",
+        "@triton.jit",
+        f"def decode_0(w0, planes_ptr, {planes}, PTX: tl.constexpr):",
+        "    if PTX:",
+        f"        return {_table_program(half)}",
+        f"    return {', '.join(f'level_of({code}, planes_ptr)' for code in codes)}",
+    ]
+    before = [f"plane{i} = tl.load(planes_ptr + {i})" for i in range(8)]
+    return "\n".join(lines), [f"f0, f1, f2, f3 = decode_0(w0, planes_ptr, {planes}, PTX)"], before
+
+
+def _table_program(half: Half) -> str:
     program = _Program(half, 4)
-
-    def plane(shift: int) -> list[str]:
-        words = [sum((bits[4 * i + k] >> shift & 255) << 8 * k for k in range(4)) for i in range(4)]
-        return [program.once(f"plane 0x{word:08x}", f"mov.b32 @, 0x{word:08x};") for word in words]
-
-    low, high = plane(0), plane(8)
+    word = program.word(0)
+    planes = [program.tile(f"plane{i}") for i in range(8)]
     # Bytes of the two rows side by side: fields 0 and 1 of both in the low half, 2 and 3 in the high half.
-    codes = program.fresh(f"prmt.b32 @, {program.word(0)}, {program.word(0)}, 0x3120;")
+    codes = program.fresh(f"prmt.b32 @, {word}, {word}, 0x3120;")
     select = program.fresh(f"and.b32 @, {codes}, 0x77777777;")
     upper = program.fresh(f"shr.u32 @, {codes}, 1;")
     merge = program.fresh(f"lop3.b32 @, {upper}, 0x44444444, 0x32103210, 0xea;")
@@ -335,12 +356,12 @@ def _table_program(levels: Sequence[float], half: Half) -> str:
             select = program.fresh(f"shr.u32 @, {select}, 16;")
             merge = program.fresh(f"shr.u32 @, {merge}, 16;")
         found = []
-        for table in (low, high):
+        for table in (planes[:4], planes[4:]):
             first = program.fresh(f"prmt.b32 @, {table[0]}, {table[1]}, {select};")
             second = program.fresh(f"prmt.b32 @, {table[2]}, {table[3]}, {select};")
             found.append(program.fresh(f"prmt.b32 @, {first}, {second}, {merge};"))
         results += [program.fresh(f"prmt.b32 @, {found[0]}, {found[1]}, {order};") for order in ("0x6240", "0x7351")]
-    return program.call(results)
+    return program.call(results, tile_registers=2)
 
 
 # -------------------------------------------------------------------- 8-bit floats

@@ -1,8 +1,11 @@
 """Which form a spec takes in kernels on 16-bit words: its layout, the text that decodes it, its scales and zeros.
 
-`form_of` is what the text is made from; `pack_parts` brings stored parts into that form, once per weight. Scales in
-groups become float16 with one power of two for the whole weight taken out (so that none leaves its range), scales of
-whole rows float32. A minimum becomes a zero in units of codes: scale * code - minimum = scale * (code - minimum/scale).
+`form_of` is what the text is made from; `pack_parts` brings stored parts into that form, once per weight. A minimum
+becomes a zero in units of codes: scale * code - minimum = scale * (code - minimum / scale). Scales and zeros of whole
+rows are float32. In groups they are float16, with one power of two for the whole weight taken out of the scales so
+that none leaves its range, and lie in pairs in 32-bit words, since nothing narrower is copied asynchronously:
+
+    for each block (or group, if that is longer)    s_0 s_1 .. z_0 z_1 ..    two to a word    [rows, words, outputs]
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ptqc import storage
-from ptqc.codegen.gpu.decode import HALVES, Half, Subtracted, decode_floats, decode_integers, decode_table
+from ptqc.codegen.gpu.decode import HALVES, Half, Subtracted, byte_planes, decode_floats, decode_integers, decode_table
 from ptqc.codegen.gpu.lattices import decode_lattice, lattice_layout, lattice_tables, lattice_words
 from ptqc.codegen.gpu.words import WordLayout, pack_words, word_layout
 from ptqc.spec import WeightSpec
@@ -46,21 +49,33 @@ class WeightForm:
     stride: int = 1
     factor: float = 1.0
     tables: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    """Lines before the loop."""
 
     @property
-    def pointers(self) -> tuple[str, ...]:
-        """Names of the prepared parts in kernels."""
-        norm = () if self.fields_per_scale is None else ("norm_ptr",)
-        zero = ("z_ptr",) if self.subtracted.is_tile else ()
-        return ("w_ptr", "s_ptr", *norm, *zero, *self.tables)
+    def pointers(self) -> dict[str, str]:
+        """Names of the prepared parts in kernels, in order, and their types as Triton's compiler wants them."""
+        found = {"w_ptr": "*i16"}
+        if self.fields_per_scale is not None:
+            found |= {"s_ptr": "*i32", "norm_ptr": "*fp32"}
+        else:
+            found |= {"s_ptr": "*fp32"} | ({"z_ptr": "*fp32"} if self.subtracted.is_tile else {})
+        return found | {name: "*fp32" if name == "levels_ptr" else "*i32" for name in self.tables}
 
     @property
-    def pointer_types(self) -> tuple[str, ...]:
-        """Their types, as Triton's compiler wants them."""
-        scale = "*fp32" if self.fields_per_scale is None or self.half is None else "*fp16"
-        table = "*fp32" if self.tables == ("levels_ptr",) else "*i32"
-        kinds = {"w_ptr": "*i16", "s_ptr": scale, "norm_ptr": "*fp32", "z_ptr": "*fp16" if self.half else "*fp32"}
-        return tuple(kinds.get(name, table) for name in self.pointers)
+    def scales_per_row(self) -> int:
+        """Scales that lie in one row of scale words: those of a block, or one for several blocks."""
+        return 1 if self.is_group_long else self.layout.fields // (self.fields_per_scale or self.layout.fields)
+
+    @property
+    def is_group_long(self) -> bool:
+        """True if a group is a number of whole blocks."""
+        return self.spec.group is not None and self.spec.group % self.layout.block == 0
+
+    @property
+    def inputs_per_row(self) -> int:
+        """Inputs that share a row of scale words."""
+        return self.spec.group if self.is_group_long and self.spec.group else self.layout.block
 
 
 def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
@@ -84,8 +99,11 @@ def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
         functions, calls = decode_floats(book.float_dtype, half)
         return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
     if book is not None and spec.codebook != "ternary":
-        functions, calls = decode_table(layout, book.levels, half)
-        return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls), tables=("levels_ptr",))
+        functions, calls, before = decode_table(layout, half)
+        tables = ("planes_ptr" if half else "levels_ptr",)
+        return WeightForm(
+            spec, half, layout, shared, subtracted, functions, tuple(calls), tables=tables, before=tuple(before)
+        )
     functions, calls = decode_integers(layout, spec.bits, half, subtracted, shared or layout.fields)
     return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
 
@@ -127,16 +145,14 @@ def pack_parts(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
         codes, scale, zero = codes[order], scale[order], None if zero is None else zero[order]
     if spec.zero == "min" and zero is not None:
         codes, scale, zero = _minimum_to_zero(codes, scale, zero)
-    outputs, blocks = padded(shape[0]), -(-shape[1] // form.layout.block)
-    columns = scale.shape[1] if form.fields_per_scale is None else -(-blocks * form.layout.block // (spec.group or 1))
-    if form.stride == 1:
-        words = pack_words(codes, form.layout, outputs)
+    outputs = padded(shape[0])
+    pack = pack_words if form.stride == 1 else lattice_words
+    found = {"w_ptr": pack(codes, form.layout, outputs)} | _tables(form, codes.device)
+    if form.fields_per_scale is None:
+        found |= {"s_ptr": _transposed(scale * form.factor, outputs)}
+        found |= {} if zero is None else {"z_ptr": _transposed(zero, outputs)}
     else:
-        words = lattice_words(codes, form.layout, outputs)
-    found = {"w_ptr": words} | _scale_parts(scale * form.factor, form, columns, outputs)
-    if zero is not None:
-        found["z_ptr"] = _transposed(zero, columns, outputs).to(torch.float16 if form.half else torch.float32)
-    found |= _tables(form, codes.device)
+        found["s_ptr"], found["norm_ptr"] = _scale_words(scale * form.factor, zero, form, shape[1], outputs)
     return [found[name] for name in form.pointers]
 
 
@@ -145,20 +161,29 @@ def _by_output(scale: Tensor | None, spec: WeightSpec, shape: tuple[int, int]) -
     return scale if scale is None or spec.rows == 1 else scale.repeat_interleave(spec.rows or shape[0], 0)[: shape[0]]
 
 
-def _transposed(scale: Tensor, columns: int, outputs: int) -> Tensor:
-    return pad(scale, (0, columns - scale.shape[1], 0, outputs - scale.shape[0])).T.contiguous()
+def _transposed(scale: Tensor, outputs: int) -> Tensor:
+    return pad(scale, (0, 0, 0, outputs - len(scale))).T.contiguous()
 
 
-def _scale_parts(scale: Tensor, form: WeightForm, columns: int, outputs: int) -> dict[str, Tensor]:
-    wide = _transposed(scale, columns, outputs)
-    if form.fields_per_scale is None:
-        return {"s_ptr": wide}
+def _scale_words(
+    scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int, outputs: int
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [out, in // group] as words [rows * words, outputs] int32, and the power of two taken out, [1]."""
+    norm = scale.new_ones(1)
+    if form.half is not None:
+        # The largest scale goes to 2^14 .. 2^15; that changes no bit of the others unless they are 2^28 smaller.
+        norm = torch.exp2(scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).log2().floor() - 14).view(1)
+    rows = -(-inputs // form.inputs_per_row)
+    starts = torch.arange(rows * form.scales_per_row, device=scale.device) * (form.inputs_per_row // form.scales_per_row)
+    groups = (starts // (form.spec.group or inputs)).clamp_max(scale.shape[1] - 1)
+    numbers = [scale / norm] if zero is None else [scale / norm, zero]
+    spread = [number[:, groups].unflatten(1, (rows, form.scales_per_row)) for number in numbers]
+    listed = torch.cat(spread, 2)
     if form.half is None:
-        return {"s_ptr": wide, "norm_ptr": wide.new_ones(1)}
-    # The largest scale goes to 2^14 .. 2^15; a power of two changes no bit of the others unless they are 2^28 smaller.
-    largest = wide.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    norm = torch.exp2(largest.log2().floor() - 14)
-    return {"s_ptr": (wide / norm).to(torch.float16), "norm_ptr": norm.view(1)}
+        words = listed.view(torch.int32)
+    else:
+        words = pad(listed, (0, listed.shape[2] % 2)).to(torch.float16).view(torch.int32)
+    return _transposed(words.flatten(1), outputs), norm
 
 
 def _minimum_to_zero(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,5 +204,6 @@ def _tables(form: WeightForm, device: torch.device) -> Mapping[str, Tensor]:
     if book.lattice is not None:
         return {name: table.to(device) for name, table in lattice_tables(book.lattice).items()}
     levels = pad(book.table(device), (0, 16 - len(book.levels)))
-    dtype = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}[form.half.suffix] if form.half else torch.float32
-    return {"levels_ptr": levels.to(dtype).float()}
+    if form.half is None:
+        return {"levels_ptr": levels}
+    return {"planes_ptr": torch.tensor(byte_planes(book.levels, form.half), device=device)}

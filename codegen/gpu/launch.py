@@ -94,7 +94,9 @@ class Linear:
 
     def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
-        launch_product(self.kernels["matmul"], [x, *parts, *operands, out], x, (self.n, self.k, outputs), blocks)
+        tile = tile_for(len(x))
+        rows = self.form.layout.rows_for(tile.inputs)
+        launch_product(self.kernels["matmul"], [x, *parts, *operands, out], x, (self.n, self.k, outputs), blocks, rows)
 
     def _dense(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks, modes = padded(self.n), -(-self.k // self.form.layout.block), device_modes(x.device)
@@ -106,9 +108,12 @@ class Linear:
 
 
 def launch_product(
-    kernel: Any, pointers: Sequence[Tensor], x: Tensor, sizes: tuple[int, int, int], blocks: int
+    kernel: Any, pointers: Sequence[Tensor], x: Tensor, sizes: tuple[int, int, int], blocks: int, rows: int
 ) -> None:
-    """Launch a product over `blocks` blocks. pointers: up to the result. sizes: n, k, and outputs with padding."""
+    """Launch a product over `blocks` blocks, `rows` of their rows at a time.
+
+    pointers: up to the result. sizes: n, k, and outputs with padding.
+    """
     device, tile = device_facts(x.device), tile_for(len(x))
     tiles = sizes[2] // tile.outputs * -(-len(x) // tile.rows)
     split, chunk = split_of(tiles, blocks, device)
@@ -116,7 +121,7 @@ def launch_product(
     if tiles * split * tile.rows * tile.outputs > partial.numel() or tiles > counters.numel():
         split, chunk = 1, blocks
     kernel[tiles, split](
-        *pointers, partial, counters, len(x), *sizes, blocks, chunk, split, BM=tile.rows, BN=tile.outputs,
+        *pointers, partial, counters, len(x), *sizes, blocks, chunk, split, BM=tile.rows, BN=tile.outputs, ROWS=rows,
         IS_SPLIT=split > 1, num_warps=tile.warps, num_stages=tile.stages, **device_modes(x.device),
     )  # fmt: skip
 

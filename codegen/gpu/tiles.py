@@ -14,10 +14,12 @@ __all__ = ["Device", "Tile", "device_facts", "is_dense_better", "split_of", "til
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """rows, outputs: of the result that one program computes; warps, stages: as Triton takes them."""
+    """rows, outputs: of the result that one program computes; inputs: of one step of its loop; warps, stages: as
+    Triton takes them."""
 
     rows: int
     outputs: int
+    inputs: int
     warps: int
     stages: int
 
@@ -31,7 +33,10 @@ class Device:
     bandwidth: float
 
 
-TILES = (Tile(8, 128, 4, 4), Tile(16, 128, 4, 4), Tile(32, 128, 4, 4), Tile(64, 128, 4, 3), Tile(128, 128, 8, 3))
+TILES = (
+    Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), Tile(32, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3),
+    Tile(128, 128, 128, 8, 3),
+)  # fmt: skip
 """By rows. Where two stages of 128 inputs leave room, four are kept on their way: memory takes about a microsecond."""
 
 _PER_PROCESSOR: dict[tuple[int, int], tuple[float, float]] = {

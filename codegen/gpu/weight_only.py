@@ -8,7 +8,8 @@ the words of one block:
     x      [rows, BM]  per field    acc += scale * (f_0 @ x_0 + f_1 @ x_1 ..)
 
 Scales are applied to the product of the fields that share them, in float32. Programs: one for BN outputs and BM rows,
-times SPLIT runs of blocks. Those of one tile leave their sums in a workspace; the last to arrive, told by a counter,
+times SPLIT runs of blocks. ROWS may be fewer than the rows of a block,
+which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a counter,
 adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
 """
 
@@ -33,7 +34,22 @@ def product(a, b, EMULATED: tl.constexpr):
 def product_added(a, b, total, EMULATED: tl.constexpr):
     if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total{precision})'''
+    return tl.dot(a, b, total{precision})
+
+
+@triton.jit
+def low(words):
+    return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+
+
+@triton.jit
+def high(words):
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+
+
+@triton.jit
+def full(words):
+    return words.to(tl.float32, bitcast=True)[:, None]'''
 
 SPLIT_LINES = """if IS_SPLIT:
         slot = part_ptr + tl.program_id(0) * (SPLIT * BM * BN)
@@ -52,23 +68,25 @@ SPLIT_LINES = """if IS_SPLIT:
 
 _MATMUL = '''@triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
-           BN: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
+           BN: tl.constexpr, ROWS: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
+    PARTS: tl.constexpr = {rows} // ROWS
     row_tiles = tl.cdiv(M, BM)
     tile = tl.program_id(0) // row_tiles
     rm = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
     rn = tile * BN + tl.arange(0, BN)
     rows_in = rm[None, :] < M
-    rq = tl.arange(0, {rows})
-    first = tl.program_id(1) * CHUNK
-    last = tl.minimum(first + CHUNK, BLOCKS)
-    w_at = w_ptr + (first * {tall} + rq[None, :]) * NP + rn[:, None]
-    x_at = x_ptr + rm[None, :] * K + (first * {block} + rq * {stride})[:, None]
+    rq = tl.arange(0, ROWS)
+    w_tile = w_ptr + rq[None, :] * NP + rn[:, None]
+    x_tile = x_ptr + rm[None, :] * K + rq[:, None] * {stride}
+    first = tl.program_id(1) * CHUNK * PARTS
+    last = tl.minimum(first + CHUNK * PARTS, BLOCKS * PARTS)
     acc = tl.zeros((BN, BM), tl.float32)
     {before}
-    for block in range(first, last):
+    for step in range(first, last):
+        block, part = step // PARTS, (step % PARTS) * ROWS
+        w_at = w_tile + (block * {tall} + part) * NP
+        x_from = block * {block} + part * {stride}
         {loop}
-        w_at += {tall} * NP
-        x_at += {block}
     {after}
     {split}'''
 
@@ -103,13 +121,13 @@ def product_text(request: KernelRequest, form: WeightForm) -> str:
     precision = ', input_precision="tf32x3"' if form.half is None else ""
     matmul = _MATMUL.format(
         pointers=", ".join(product_arguments(request, form)),
-        before="\n    ".join(_whole_row_lines(form)),
+        before="\n    ".join(_lines_before(form)),
         loop="\n        ".join([*_decode_lines(form), *_sum_lines(form, request.k)]),
         after="\n    ".join(_scale_lines(form)),
         split=SPLIT_LINES.format(tail=_tail_arguments(request)),
         **numbers,
     )
-    body = [*_whole_row_lines(form), *_decode_lines(form), *_unpack_lines(form, _TYPES[request.dtype])]
+    body = [*_lines_before(form), *_decode_lines(form), *_unpack_lines(form, _TYPES[request.dtype])]
     unpack = _UNPACK.format(pointers=", ".join(form.pointers), body="\n    ".join(body), **numbers)
     return "\n\n\n".join([_PRODUCT.format(precision=precision), form.functions, tail_text(request), matmul, unpack])
 
@@ -143,11 +161,10 @@ def _tail_arguments(request: KernelRequest) -> str:
 # -------------------------------------------------------------------- pieces of the loop
 
 
-def _whole_row_lines(form: WeightForm) -> list[str]:
-    """A zero of whole rows is read once."""
-    if form.fields_per_scale is not None or not form.subtracted.is_tile:
-        return []
-    return ["z0 = tl.load(z_ptr + rn).to(tl.float32)[:, None]"]
+def _lines_before(form: WeightForm) -> list[str]:
+    """A zero of whole rows is read once, and so are tables."""
+    has_zero = form.fields_per_scale is None and form.subtracted.is_tile
+    return [*form.before, *(["z0 = tl.load(z_ptr + rn)[:, None]"] if has_zero else [])]
 
 
 def _decode_lines(form: WeightForm) -> list[str]:
@@ -160,21 +177,17 @@ def _decode_lines(form: WeightForm) -> list[str]:
 
 def _group_lines(form: WeightForm) -> list[str]:
     """Scales s<i> and zeros z<i> of the groups in a block."""
-    shared, layout = form.fields_per_scale, form.layout
-    if shared is None:
+    if form.fields_per_scale is None:
         return []
-    group = form.spec.group
-    assert group is not None
-    lines = []
-    for i in range(layout.fields // shared):
-        if group % layout.block == 0:
-            row = "block" if group == layout.block else f"(block // {group // layout.block})"
-        else:
-            row = f"((block * {layout.block} + {i * shared * layout.rows}) // {group})"
-        lines.append(f"s{i} = tl.load(s_ptr + {row} * NP + rn).to(tl.float32)[:, None]")
-        if form.subtracted.is_tile:
-            lines.append(f"z{i} = tl.load(z_ptr + {row} * NP + rn).to(tl.float32)[:, None]")
-    return lines
+    count = form.scales_per_row
+    names = [f"s{i}" for i in range(count)] + [f"z{i}" for i in range(count) if form.subtracted.is_tile]
+    per_word = 1 if form.half is None else 2
+    words = -(-len(names) // per_word)
+    blocks = form.inputs_per_row // form.layout.block
+    row = "block" if blocks == 1 else f"(block // {blocks})"
+    lines = [f"v{i} = tl.load(s_ptr + ({row} * {words} + {i}) * NP + rn)" for i in range(words)]
+    halves = ("low", "high") if per_word == 2 else ("full",)
+    return lines + [f"{name} = {halves[i % per_word]}(v{i // per_word})" for i, name in enumerate(names)]
 
 
 def _sum_lines(form: WeightForm, k: int) -> list[str]:
@@ -184,8 +197,8 @@ def _sum_lines(form: WeightForm, k: int) -> list[str]:
     for j in range(layout.fields):
         inside = "rows_in"
         if k % layout.block:
-            inside += f" & ((block * {layout.block} + {j * step} + rq * {form.stride}) < K)[:, None]"
-        lines.append(f"x{j} = tl.load(x_at + {j * step}, mask={inside}, other=0.0)")
+            inside += f" & ((x_from + {j * step} + rq * {form.stride}) < K)[:, None]"
+        lines.append(f"x{j} = tl.load(x_tile + (x_from + {j * step}), mask={inside}, other=0.0)")
     for j in range(layout.fields):
         if shared is None:
             lines.append(f"acc = product_added(f{j}, x{j}, acc, EMULATED)")

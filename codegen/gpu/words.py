@@ -25,7 +25,7 @@ _PLANES: dict[int, tuple[int, ...]] = {
 }  # fmt: skip
 """By width of a code: widths of its planes, lowest bits first."""
 
-_INPUTS_PER_BLOCK = 128
+_INPUTS_PER_BLOCK = 256
 _FEWEST_ROWS = 16
 """What a tensor core multiplies at a time."""
 
@@ -57,6 +57,10 @@ class WordLayout:
     def block(self) -> int:
         """Inputs of a block."""
         return self.fields * self.rows
+
+    def rows_for(self, inputs: int) -> int:
+        """Rows of a step that takes about so many inputs."""
+        return min(self.rows, max(inputs // self.fields, _FEWEST_ROWS))
 
 
 def word_layout(bits: int, group: int | None) -> WordLayout | str:
