@@ -13,7 +13,7 @@ is plain Triton, for the interpreter and for other makers' GPUs.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -159,33 +159,36 @@ def decode_integers(
     """
     longest = min(_LONGEST, fields_per_scale) if subtracted.is_tile else _LONGEST
     functions, calls = [], []
+    plans = None if half is None else _plans(layout, half)
     for first in range(0, layout.fields, longest):
         fields = range(first, min(first + longest, layout.fields))
         pieces = [layout.pieces[j] for j in fields]
         words = sorted({piece.word for codes in pieces for piece in codes})
         zero = f"z{first // fields_per_scale}" if subtracted.is_tile else ""
         name = f"decode_{first}"
-        functions.append(_integer_function(name, pieces, words, bits, half, subtracted))
+        parts = _zero_parts(subtracted, bits, half)
+        program = "" if half is None or plans is None else _integer_program(
+            [plans[j] for j in fields], half, subtracted, list(parts), bits
+        )
+        functions.append(_integer_function(name, pieces, words, parts, half, subtracted, program))
         arguments = [f"w{word}" for word in words] + ([zero] if zero else [])
         calls.append(f"{', '.join(f'f{j}' for j in fields)} = {name}({', '.join(arguments)}, PTX)")
     return "\n\n\n".join(functions), calls
 
 
 def _integer_function(
-    name: str, fields: Sequence[Sequence[Piece]], words: Sequence[int], bits: int, half: Half | None, zero: Subtracted
-) -> str:
+    name: str, fields: Sequence[Sequence[Piece]], words: Sequence[int], parts: Mapping[str, str], half: Half | None,
+    zero: Subtracted, program: str,
+) -> str:  # fmt: skip
     arguments = ", ".join([*(f"w{word}" for word in words), *(["z"] if zero.is_tile else [])])
     lines = ["@triton.jit", f"def {name}({arguments}, PTX: tl.constexpr):"]
-    parts = _zero_parts(zero, bits, half)
     lines += [f"    {part} = {expression}" for part, expression in parts.items()]
-    codes = [_code_expression(pieces) for pieces in fields]
     minus = "".join(f" + {part}" for part in parts) if zero.is_tile else f" - {float(zero.constant)}"
-    plain = [f"(({code}).to(tl.float32){minus}).to({half.triton if half else 'tl.float32'})" for code in codes]
-    result = ", ".join(plain)
-    if half is None:
-        return "\n".join([*lines, f"    return {result}"])
-    call = _integer_program(fields, half, zero, list(parts), bits)
-    return "\n".join([*lines, "    if PTX:", f"        return {call}", f"    return {result}"])
+    kind = half.triton if half else "tl.float32"
+    plain = ", ".join(f"(({_code_expression(pieces)}).to(tl.float32){minus}).to({kind})" for pieces in fields)
+    if program:
+        lines += ["    if PTX:", f"        return {program}"]
+    return "\n".join([*lines, f"    return {plain}"])
 
 
 def _zero_parts(zero: Subtracted, bits: int, half: Half | None) -> dict[str, str]:
@@ -208,51 +211,78 @@ def _code_expression(pieces: Sequence[Piece]) -> str:
     return " | ".join(terms)
 
 
-def _integer_program(
-    fields: Sequence[Sequence[Piece]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
-) -> str:
-    program = _Program(half, len(fields))
-    plans = [_plan(pieces, half, program) for pieces in fields]
-    constants = {plan.constant for plan in plans}
-    is_merged = parts[:1] == ["whole"] and len(constants) <= 2 and max(constants) + (1 << bits) <= 2 * half.unit
-    results = [_field(program, plan, half, zero, parts, is_merged) for plan in plans]
-    return program.call(results)
-
-
 @dataclass(frozen=True)
 class _Placed:
-    """A piece of a code in a mantissa: the register, and what one step of its mantissa is worth."""
+    """A piece of a code in a mantissa: `word` shifted right by `shift`, and masked; what one step of the mantissa is
+    worth; is_merged: what or-ing adds to it is taken away with the zero."""
 
-    register: str
+    word: int
+    shift: int
+    mask: int
     step: float
     is_merged: bool
 
 
-@dataclass(frozen=True)
-class _FieldPlan:
-    pieces: tuple[_Placed, ...]
-    constant: float
-    """What the sum of the merged pieces is too large by."""
+def _plans(layout: WordLayout, half: Half) -> list[list[_Placed]]:
+    """How every field gets into mantissas, with few shifts in all: assemblers find equal ones across functions."""
+    shifts: dict[int, set[int]] = {}
+    return [_plan(pieces, half, shifts) for pieces in layout.pieces]
 
 
-def _plan(pieces: Sequence[Piece], half: Half, program: _Program) -> _FieldPlan:
+def _plan(pieces: Sequence[Piece], half: Half, shifts: dict[int, set[int]]) -> list[_Placed]:
     placed: list[_Placed] = []
-    constant = 0.0
     for piece in _narrow(pieces, half):
         highest = half.mantissa - piece.width
         is_merged = not placed or piece.base <= highest
         lowest = piece.base if placed and is_merged else 0
-        shift = _shift(piece, lowest, highest, program)
+        known = shifts.setdefault(piece.word, {0})
+        allowed = range(piece.bit - highest, piece.bit - lowest + 1)
+        # A new shift brings this field as low as may be: the fields above it then fit behind it.
+        shift = next((shift for shift in allowed if shift in known), allowed[-1])
+        known.add(shift)
         offset = piece.bit - shift
         mask = ((1 << piece.width) - 1) << offset
-        word = program.shifted(piece.word, shift)
+        placed.append(_Placed(piece.word, shift, mask, 2.0 ** (piece.base - offset), is_merged))
+    return placed
+
+
+def _excess(plan: Sequence[_Placed], half: Half) -> float:
+    """What the sum of the merged pieces is too large by."""
+    return sum(half.unit * piece.step for piece in plan if piece.is_merged)
+
+
+def _integer_program(
+    plans: Sequence[Sequence[_Placed]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
+) -> str:
+    program = _Program(half, len(plans))
+    excesses = {_excess(plan, half) for plan in plans}
+    is_merged = parts[:1] == ["whole"] and len(excesses) <= 2 and max(excesses) + (1 << bits) <= 2 * half.unit
+    return program.call([_field(program, plan, zero, parts, is_merged) for plan in plans])
+
+
+def _field(
+    program: _Program, plan: Sequence[_Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool
+) -> str:
+    half, total = program.half, ""
+    excess = _excess(plan, half)
+    for piece in plan:
+        word = program.shifted(piece.word, piece.shift)
         register = program.fresh(
-            f"lop3.b32 @, {word}, 0x{mask * 0x10001:08x}, 0x{half.magic * 0x10001:08x}, 0xea;"
+            f"lop3.b32 @, {word}, 0x{piece.mask * 0x10001:08x}, 0x{half.magic * 0x10001:08x}, 0xea;"
         )
-        step = 2.0 ** (piece.base - offset)
-        placed.append(_Placed(register, step, is_merged))
-        constant += half.unit * step if is_merged else 0.0
-    return _FieldPlan(tuple(placed), constant)
+        if not total:
+            minus = f"(whole - {excess}).to({half.triton})" if is_merged else ""
+            number = -(excess + (0 if zero.is_tile else zero.constant))
+            total = program.tile(minus) if minus else program.number(number)
+        if not piece.is_merged:
+            register = program.add(register, program.number(-float(half.unit)))
+        if piece.step == 1.0:
+            total = program.add(register, total)
+        else:
+            total = program.fma(register, program.number(piece.step), total)
+    for part in parts[1:] if is_merged else parts:
+        total = program.add(total, program.tile(f"{part}.to({half.triton})"))
+    return total
 
 
 def _narrow(pieces: Sequence[Piece], half: Half) -> list[Piece]:
@@ -263,39 +293,6 @@ def _narrow(pieces: Sequence[Piece], half: Half) -> list[Piece]:
         narrow += [Piece(piece.word, piece.bit + at, min(widest, piece.width - at), piece.base + at)
                    for at in range(0, piece.width, widest)]  # fmt: skip
     return narrow
-
-
-def _shift(piece: Piece, lowest: int, highest: int, program: _Program) -> int:
-    """A shift that brings the piece to an offset lowest .. highest: none, one that is there already, or a new one."""
-    def known(shift: int) -> bool:
-        verb, by = ("shr", shift) if shift > 0 else ("shl", -shift)
-        return shift == 0 or f"{verb} {piece.word} {by}" in program.registers
-
-    allowed = range(piece.bit - highest, piece.bit - lowest + 1)
-    # A new shift brings this field as low as may be: the fields above it then fit behind it.
-    return next((shift for shift in allowed if known(shift)), allowed[-1])
-
-
-def _field(
-    program: _Program, plan: _FieldPlan, half: Half, zero: Subtracted, parts: Sequence[str], is_merged: bool
-) -> str:
-    first, *others = plan.pieces
-    if is_merged:
-        constant = program.tile(f"(whole - {plan.constant}).to({half.triton})")
-    else:
-        constant = program.number(-(plan.constant + (0 if zero.is_tile else zero.constant)))
-    if first.step == 1.0:
-        total = program.add(first.register, constant)
-    else:
-        total = program.fma(first.register, program.number(first.step), constant)
-    for piece in others:
-        register = piece.register
-        if not piece.is_merged:
-            register = program.add(register, program.number(-float(half.unit)))
-        total = program.fma(register, program.number(piece.step), total)
-    for part in parts[1:] if is_merged else parts:
-        total = program.add(total, program.tile(f"{part}.to({half.triton})"))
-    return total
 
 
 # -------------------------------------------------------------------- tables of 16 levels
@@ -337,7 +334,8 @@ def decode_table(layout: WordLayout, half: Half | None) -> tuple[str, list[str],
         f"        return {_table_program(half)}",
         f"    return {', '.join(f'level_of({code}, planes_ptr)' for code in codes)}",
     ]
-    before = [f"plane{i} = tl.load(planes_ptr + {i})" for i in range(8)]
+    # Tiles of one number: behind a splat, words would not be decoded in the registers where the product wants them.
+    before = ["one = tl.zeros((1, 1), tl.int32)", *(f"plane{i} = tl.load(planes_ptr + {i} + one)" for i in range(8))]
     return "\n".join(lines), [f"f0, f1, f2, f3 = decode_0(w0, planes_ptr, {planes}, PTX)"], before
 
 

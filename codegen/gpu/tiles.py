@@ -34,8 +34,7 @@ class Device:
 
 
 TILES = (
-    Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), Tile(32, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3),
-    Tile(128, 128, 128, 8, 3),
+    Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3),
 )  # fmt: skip
 """By rows. Where two stages of 128 inputs leave room, four are kept on their way: memory takes about a microsecond."""
 
