@@ -63,6 +63,11 @@ class WeightForm:
         return found | {name: "*fp32" if name == "levels_ptr" else "*i32" for name in self.tables}
 
     @property
+    def decoding(self) -> str:
+        """Which tiles suit it: a row of `tiles.TILES`."""
+        return "table" if "planes_ptr" in self.tables else "arithmetic"
+
+    @property
     def scales_per_row(self) -> int:
         """Scales that lie in one row of scale words: those of a block, or one for several blocks."""
         return 1 if self.is_group_long else self.layout.fields // (self.fields_per_scale or self.layout.fields)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ptqc.act_spec import ActSpec
 from ptqc.codegen.gpu.forms import WeightForm, form_of, pack_parts, padded
 from ptqc.codegen.gpu.inputs import needs_entry, prologue_pointers
-from ptqc.codegen.gpu.tiles import device_facts, is_dense_better, split_of, tile_for
+from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, split_of, tile_for
 from ptqc.fusions import narrows
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
@@ -94,9 +94,9 @@ class Linear:
 
     def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
-        tile = tile_for(len(x))
-        rows = self.form.layout.rows_for(tile.inputs)
-        launch_product(self.kernels["matmul"], [x, *parts, *operands, out], x, (self.n, self.k, outputs), blocks, rows)
+        tile = tile_for(len(x), self.form.decoding)
+        rows, sizes = self.form.layout.rows_for(tile.inputs), (self.n, self.k, outputs)
+        launch_product(self.kernels["matmul"], tile, [x, *parts, *operands, out], sizes, blocks, ROWS=rows)
 
     def _dense(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks, modes = padded(self.n), -(-self.k // self.form.layout.block), device_modes(x.device)
@@ -108,21 +108,21 @@ class Linear:
 
 
 def launch_product(
-    kernel: Any, pointers: Sequence[Tensor], x: Tensor, sizes: tuple[int, int, int], blocks: int, rows: int
+    kernel: Any, tile: Tile, pointers: Sequence[Tensor], sizes: tuple[int, int, int], blocks: int, **constants: int
 ) -> None:
-    """Launch a product over `blocks` blocks, `rows` of their rows at a time.
+    """Launch a product over `blocks` blocks.
 
-    pointers: up to the result. sizes: n, k, and outputs with padding.
+    pointers: from the input to the result. sizes: n, k, and outputs with padding.
     """
-    device, tile = device_facts(x.device), tile_for(len(x))
+    x, device = pointers[0], device_facts(pointers[0].device)
     tiles = sizes[2] // tile.outputs * -(-len(x) // tile.rows)
     split, chunk = split_of(tiles, blocks, device)
     partial, counters = workspace(x.device)
     if tiles * split * tile.rows * tile.outputs > partial.numel() or tiles > counters.numel():
         split, chunk = 1, blocks
     kernel[tiles, split](
-        *pointers, partial, counters, len(x), *sizes, blocks, chunk, split, BM=tile.rows, BN=tile.outputs, ROWS=rows,
-        IS_SPLIT=split > 1, num_warps=tile.warps, num_stages=tile.stages, **device_modes(x.device),
+        *pointers, partial, counters, len(x), *sizes, blocks, chunk, split, BM=tile.rows, BN=tile.outputs,
+        IS_SPLIT=split > 1, num_warps=tile.warps, num_stages=tile.stages, **constants, **device_modes(x.device),
     )  # fmt: skip
 
 

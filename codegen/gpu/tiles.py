@@ -33,10 +33,14 @@ class Device:
     bandwidth: float
 
 
-TILES = (
-    Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3),
-)  # fmt: skip
-"""By rows. Where two stages of 128 inputs leave room, four are kept on their way: memory takes about a microsecond."""
+_WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
+TILES: dict[str, tuple[Tile, ...]] = {
+    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
+    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 64, 256, 4, 4), *_WIDE),
+    "integer": (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3)),
+}
+"""By how weights are decoded, then by rows. More than 64 rows of tiles that decode need more registers than there are.
+Four stages are kept on their way where there is room: memory takes about a microsecond (benchmarks.static_gates)."""
 
 _PER_PROCESSOR: dict[tuple[int, int], tuple[float, float]] = {
     (8, 0): (2.9e12, 1.62e10), (8, 6): (0.9e12, 0.9e10), (8, 9): (1.25e12, 0.7e10), (9, 0): (6.0e12, 2.5e10),
@@ -48,9 +52,10 @@ _FUSED_EFFICIENCY = 0.55
 """Share of a dense product's speed that ours reach when they compute rather than wait for memory."""
 
 
-def tile_for(rows: int) -> Tile:
+def tile_for(rows: int, decoding: str) -> Tile:
     """The smallest tile that holds the rows, or the largest."""
-    return next((tile for tile in TILES if rows <= tile.rows), TILES[-1])
+    tiles = TILES[decoding]
+    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 def split_of(tiles: int, blocks: int, device: Device) -> tuple[int, int]:

@@ -19,9 +19,11 @@ from ptqc.codegen.gpu.chains import EPILOGUE_HELPERS, epilogue_lines, operand_na
 from ptqc.codegen.gpu.forms import WeightForm
 from ptqc.requests import KernelRequest
 
-__all__ = ["SPLIT_LINES", "finish_text", "product_arguments", "product_text", "tail_text"]
+__all__ = ["POINTER_TYPES", "SPLIT_LINES", "finish_text", "product_arguments", "product_text", "tail_text"]
 
 _TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+
+POINTER_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 _PRODUCT = '''@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
@@ -109,9 +111,10 @@ def finish(y_ptr, {pointers}out_ptr, M, N, NP, BM: tl.constexpr, BN: tl.constexp
     tail({tail})'''
 
 
-def product_arguments(request: KernelRequest, form: WeightForm) -> list[str]:
-    """Pointers that `matmul` takes before the result, in order."""
-    return ["x_ptr", *form.pointers, *operand_names(request)]
+def product_arguments(request: KernelRequest, form: WeightForm) -> dict[str, str]:
+    """Pointers that `matmul` takes before the result, in order, and their types as Triton's compiler wants them."""
+    kind = POINTER_TYPES[request.dtype]
+    return {"x_ptr": kind, **form.pointers, **dict.fromkeys(operand_names(request), kind)}
 
 
 def product_text(request: KernelRequest, form: WeightForm) -> str:

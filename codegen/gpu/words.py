@@ -26,6 +26,7 @@ _PLANES: dict[int, tuple[int, ...]] = {
 """By width of a code: widths of its planes, lowest bits first."""
 
 _INPUTS_PER_BLOCK = 256
+_MOST_ROWS = 64
 _FEWEST_ROWS = 16
 """What a tensor core multiplies at a time."""
 
@@ -79,7 +80,7 @@ def word_layout(bits: int, group: int | None) -> WordLayout | str:
             word, bit = divmod(field * width, 16)
             pieces[field].append(Piece(words + word, bit, width, base))
         words, base = words + fields * width // 16, base + width
-    rows = max(_INPUTS_PER_BLOCK // fields, _FEWEST_ROWS)
+    rows = min(_INPUTS_PER_BLOCK // fields, _MOST_ROWS)
     while group is not None and group % rows and rows > _FEWEST_ROWS:
         rows //= 2
     if group is not None and group % rows:
