@@ -25,9 +25,11 @@ import torch
 from benchmarks._sass import MachineCode, compile_kernel, read_machine_code
 from ptqc.act_spec import ActSpec
 from ptqc.codegen.build import load_text
+from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form
 from ptqc.codegen.gpu.forms import WeightForm, form_of
 from ptqc.codegen.gpu.tiles import Tile, tile_for
 from ptqc.codegen.gpu.weight_only import POINTER_TYPES, product_arguments
+from ptqc.codegen.targets.triton_eight_bit import TritonEightBit
 from ptqc.codegen.targets.triton_linear import TritonLinear
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
@@ -38,6 +40,10 @@ SPECS = (
     "int4g128", "int4g64", "int4g32", "int4", "int4g128z", "int4g64z", "int4g64f", "int4g32m", "int8", "int8g128",
     "int6g64", "int5g64", "int3g64", "int2g64", "int1g64", "ternaryg64", "nf4g64", "mxfp4", "iq4_xs", "fp8e4m3",
     "fp8e5m2", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "e8p", "e8p3", "e8p4",
+)  # fmt: skip
+EIGHT_BIT = (
+    ("int8", "int8-token"), ("int8g128z", "int8-token"), ("int4g128", "int8-token"), ("int4g64f", "int8-token"),
+    ("ternaryg64", "int8-token"), ("fp8e4m3", "fp8e4m3-token"), ("fp8e4m3b128x128", "fp8e4m3-token"),
 )  # fmt: skip
 QUICK = ("int4g128", "int4g64z", "nf4g64")
 ROWS = (1, 16, 64)
@@ -57,6 +63,7 @@ class Case:
     dtype: torch.dtype
     rows: int
     capability: int
+    act: str = "float"
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Row:
     """What was counted."""
 
     spec: str
+    act: str
     dtype: str
     target: str
     tile: str
@@ -81,7 +89,7 @@ def measure(case: Case) -> Row:
     from triton.backends.compiler import GPUTarget
 
     request, form, tile = _request(case)
-    steps = form.layout.rows_for(tile.inputs)
+    steps = form.layout.rows if request.act.dtype else form.layout.rows_for(tile.inputs)
     compiled = _compile(request, form, tile, GPUTarget("cuda", case.capability, 32), is_plain=False)
     code = read_machine_code(compiled)
     weights = tile.outputs * steps * form.layout.fields / (32 * tile.warps)
@@ -89,7 +97,7 @@ def measure(case: Case) -> Row:
     programs = _programs(code, tile, case.capability)
     failures = tuple(_failures(case, code, per_weight, programs))
     return Row(
-        case.spec, str(case.dtype).removeprefix("torch."), f"sm_{case.capability}",
+        case.spec, case.act, str(case.dtype).removeprefix("torch."), f"sm_{case.capability}",
         f"{tile.rows}x{tile.outputs}x{steps * form.layout.fields} w{tile.warps} s{tile.stages}", round(per_weight, 2),
         code.registers, code.spills, code.shared, programs, " ".join(code.matrices), failures,
     )  # fmt: skip
@@ -97,22 +105,24 @@ def measure(case: Case) -> Row:
 
 def _request(case: Case) -> tuple[KernelRequest, WeightForm, Tile]:
     spec = WeightSpec.parse(case.spec)
-    request = KernelRequest(spec, 4096, 4096, case.dtype, "cuda", ActSpec(), (), ("bias", "silu"))
-    form = form_of(spec, request.k, case.dtype)
+    act = ActSpec.parse(case.act)
+    request = KernelRequest(spec, 4096, 4096, case.dtype, "cuda", act, (), ("bias", "silu"))
+    form = eight_bit_form(request) if act.dtype else form_of(spec, request.k, case.dtype)
     if isinstance(form, str):
         raise SystemExit(f"{case.spec}: {form}")
-    return request, form, tile_for(case.rows, form.decoding)
+    return request, form, tile_for(case.rows, form.decoding, case.capability)
 
 
 def _compile(request: KernelRequest, form: WeightForm, tile: Tile, target: Any, is_plain: bool) -> Any:
-    module = load_text(TritonLinear().emit(request).text)
-    signature = product_arguments(request, form)
+    is_quantized = request.act.dtype is not None
+    module = load_text((TritonEightBit() if is_quantized else TritonLinear()).emit(request).text)
+    signature = (eight_bit_arguments if is_quantized else product_arguments)(request, form)
     signature |= {"out_ptr": POINTER_TYPES[request.dtype], "part_ptr": "*fp32", "lock_ptr": "*i32"}
     aligned = [*signature, "N", "K", "NP"]
     signature |= dict.fromkeys(("M", "N", "K", "NP", "BLOCKS", "CHUNK", "SPLIT"), "i32")
     constants = {
-        "BM": tile.rows, "BN": tile.outputs, "ROWS": form.layout.rows_for(tile.inputs), "IS_SPLIT": True,
-        "PTX": not is_plain, "EMULATED": False,
+        "BM": tile.rows, "BN": tile.outputs, "IS_SPLIT": True, "PTX": not is_plain, "EMULATED": False,
+        **({} if is_quantized else {"ROWS": form.layout.rows_for(tile.inputs)}),
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     return compile_kernel(
@@ -142,6 +152,9 @@ def _cases(specs: tuple[str, ...], is_quick: bool) -> Iterator[Case]:
     dtypes = (torch.float16,) if is_quick else (torch.float16, torch.bfloat16)
     for spec, dtype, capability, rows in itertools.product(specs, dtypes, (80, 90), ROWS):
         yield Case(spec, dtype, rows, capability)
+    for (spec, act), capability, rows in itertools.product(() if is_quick else EIGHT_BIT, (80, 90), (16, 64, 128)):
+        if capability == 90 or act == "int8-token":
+            yield Case(spec, torch.float16, rows, capability, act)
 
 
 def _amd(specs: tuple[str, ...]) -> list[str]:
@@ -172,13 +185,13 @@ def main() -> None:
 
     specs = tuple(given.spec or (QUICK if given.quick else SPECS))
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
-    print(f"{'spec':11s} {'dtype':9s} {'target':6s} {'tile':20s} {'i/w':>5s} {'regs':>4s} {'spill':>5s} {'shared':>7s} "
+    print(f"{'spec':15s} {'act':13s} {'dtype':9s} {'target':6s} {'tile':20s} {'i/w':>5s} {'regs':>4s} {'spill':>5s} {'shared':>7s} "
           f"{'progs':>5s} tensor cores")  # fmt: skip
     rows = []
     for case in _cases(specs, given.quick):
         row = measure(case)
         rows.append(row)
-        print(f"{row.spec:11s} {row.dtype:9s} {row.target:6s} {row.tile:20s} {row.per_weight:5.2f} {row.registers:4d} "
+        print(f"{row.spec:15s} {row.act:13s} {row.dtype:9s} {row.target:6s} {row.tile:20s} {row.per_weight:5.2f} {row.registers:4d} "
               f"{row.spills:5d} {row.shared:7d} {row.programs:5d} {row.matrices}  "
               f"{'FAILS: ' + '; '.join(row.failures) if row.failures else ''}", flush=True)  # fmt: skip
     for line in _amd(specs) if given.amd else []:

@@ -22,7 +22,7 @@ from ptqc.codegen.gpu.lattices import decode_lattice, lattice_layout, lattice_ta
 from ptqc.codegen.gpu.words import WordLayout, pack_words, word_layout
 from ptqc.spec import WeightSpec
 
-__all__ = ["OUTPUT_STEP", "WeightForm", "form_of", "pack_parts", "padded"]
+__all__ = ["OUTPUT_STEP", "WeightForm", "fields_per_scale", "form_of", "logical_parts", "pack_parts", "pack_scales", "padded"]
 
 OUTPUT_STEP = 128
 """Outputs are filled up to a multiple of this."""
@@ -51,11 +51,12 @@ class WeightForm:
     tables: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     """Lines before the loop."""
+    words_type: str = "*i16"
 
     @property
     def pointers(self) -> dict[str, str]:
         """Names of the prepared parts in kernels, in order, and their types as Triton's compiler wants them."""
-        found = {"w_ptr": "*i16"}
+        found = {"w_ptr": self.words_type}
         if self.fields_per_scale is not None:
             found |= {"s_ptr": "*i32", "norm_ptr": "*fp32"}
         else:
@@ -65,6 +66,8 @@ class WeightForm:
     @property
     def decoding(self) -> str:
         """Which tiles suit it: a row of `tiles.TILES`."""
+        if self.words_type != "*i16":
+            return "eight bits"
         return "table" if "planes_ptr" in self.tables else "arithmetic"
 
     @property
@@ -92,7 +95,7 @@ def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
     layout = word_layout(spec.bits, group) if lattice is None else lattice_layout(lattice, group)
     if isinstance(layout, str):
         return layout
-    shared = None if group is None else _fields_per_scale(layout, group, lattice is not None)
+    shared = None if group is None else layout.fields if lattice else fields_per_scale(layout, group)
     subtracted = _subtracted(spec)
     if lattice is not None:
         functions, calls = decode_lattice(lattice, half)
@@ -113,9 +116,8 @@ def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
     return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
 
 
-def _fields_per_scale(layout: WordLayout, group: int, is_vector: bool) -> int:
-    if is_vector:
-        return layout.fields
+def fields_per_scale(layout: WordLayout, group: int) -> int:
+    """Fields of a block that lie in one group, wherever the block begins."""
     return gcd(group // layout.rows, layout.fields)
 
 
@@ -138,7 +140,18 @@ def pack_parts(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
 
     is_interleaved: rows of the two halves take turns, for gates.
     """
-    spec = form.spec
+    codes, scale, zero = logical_parts(parts, form.spec, shape, is_interleaved)
+    outputs = padded(shape[0])
+    pack = pack_words if form.stride == 1 else lattice_words
+    found = {"w_ptr": pack(codes, form.layout, outputs)} | _tables(form, codes.device)
+    found |= pack_scales(scale * form.factor, zero, form, shape[1])
+    return [found[name] for name in form.pointers]
+
+
+def logical_parts(
+    parts: Sequence[Tensor], spec: WeightSpec, shape: tuple[int, int], is_interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [out, in // vector] uint8 or int64, scale and zero [out, in // group] float32, the latter in codes."""
     named = dict(zip(storage.part_names(spec), parts, strict=True))
     codes = spec.packer.unpack(named["codes"], spec.bits, shape[1] // spec.vector)
     if codes.dtype not in (torch.uint8, torch.int64):
@@ -149,16 +162,18 @@ def pack_parts(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
         order = torch.arange(shape[0], device=codes.device).view(2, -1).T.flatten()
         codes, scale, zero = codes[order], scale[order], None if zero is None else zero[order]
     if spec.zero == "min" and zero is not None:
-        codes, scale, zero = _minimum_to_zero(codes, scale, zero)
-    outputs = padded(shape[0])
-    pack = pack_words if form.stride == 1 else lattice_words
-    found = {"w_ptr": pack(codes, form.layout, outputs)} | _tables(form, codes.device)
+        return _minimum_to_zero(codes, scale, zero)
+    return codes, scale, zero
+
+
+def pack_scales(scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int) -> dict[str, Tensor]:
+    """Scales and zeros by the names of their pointers."""
+    outputs = padded(len(scale))
     if form.fields_per_scale is None:
-        found |= {"s_ptr": _transposed(scale * form.factor, outputs)}
-        found |= {} if zero is None else {"z_ptr": _transposed(zero, outputs)}
-    else:
-        found["s_ptr"], found["norm_ptr"] = _scale_words(scale * form.factor, zero, form, shape[1], outputs)
-    return [found[name] for name in form.pointers]
+        zeros = {} if zero is None else {"z_ptr": _transposed(zero, outputs)}
+        return {"s_ptr": _transposed(scale, outputs)} | zeros
+    words, norm = _scale_words(scale, zero, form, inputs, outputs)
+    return {"s_ptr": words, "norm_ptr": norm}
 
 
 def _by_output(scale: Tensor | None, spec: WeightSpec, shape: tuple[int, int]) -> Tensor | None:

@@ -71,6 +71,12 @@ def _store_lines(act: ActSpec, dtype: torch.dtype) -> list[str]:
     lines.append("codes = tl.div_rn(v, scale + tl.zeros_like(v))")
     if act.dtype == "int8":  # adding and taking away 1.5 * 2^23 rounds to nearest, ties to even
         lines.append("codes = (codes + 12582912.0) - 12582912.0")
+    else:  # round to the nearest e4m3 here: not every conversion does, and then all are exact
+        lines += [
+            "bits = codes.to(tl.int32, bitcast=True)",
+            "near = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)",
+            "codes = tl.where(tl.abs(codes) < 0.015625, (codes + 24576.0) - 24576.0, near)",
+        ]
     lines.append(f"codes = tl.minimum(tl.maximum(codes, -{largest}), {largest})")
     lines.append(f"tl.store(v_ptr + {at}, codes.to({_CODES[act.dtype]}), mask=inside)")
     return lines

@@ -8,7 +8,7 @@ belongs to that graph. Two graphs with split products must therefore not run at 
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from ptqc.act_spec import ActSpec
+from ptqc.activations import quantize_input
+from ptqc.codegen.gpu.eight_bit import eight_bit_form, pack_bytes, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of, pack_parts, padded
 from ptqc.codegen.gpu.inputs import needs_entry, prologue_pointers
 from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, split_of, tile_for
-from ptqc.fusions import narrows
+from ptqc.fusions import apply_fusions, narrows
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
-__all__ = ["Linear", "is_interpreted"]
+__all__ = ["EightBitLinear", "Linear", "is_interpreted"]
 
 _WORKSPACE = 2 * 8 * 1024 * 1024
 """Float32 numbers in a workspace: two programs on each of up to 512 processors, tiles of 128 x 128."""
@@ -94,7 +96,7 @@ class Linear:
 
     def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
-        tile = tile_for(len(x), self.form.decoding)
+        tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
         rows, sizes = self.form.layout.rows_for(tile.inputs), (self.n, self.k, outputs)
         launch_product(self.kernels["matmul"], tile, [x, *parts, *operands, out], sizes, blocks, ROWS=rows)
 
@@ -105,6 +107,62 @@ class Linear:
         y = x @ weight
         grid = (-(-len(x) // 32) * (outputs // 64),)
         self.kernels["finish"][grid](y, *operands, out, len(x), self.n, outputs, BM=32, BN=64)
+
+
+@dataclass(frozen=True)
+class EightBitLinear(Linear):
+    """A kernel for inputs that are quantized at run time."""
+
+    act: str = "int8-token"
+
+    @cached_property
+    def request(self) -> KernelRequest:
+        """The request that the text was made for."""
+        return replace(super().request, act=ActSpec.parse(self.act))
+
+    @cached_property
+    def form(self) -> WeightForm:
+        """The form of the weight."""
+        form = eight_bit_form(self.request)
+        assert isinstance(form, WeightForm)
+        return form
+
+    def prepare(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The stored parts in the form that the kernel reads."""
+        prepared = pack_bytes(parts, self.form, (self.n, self.k), self.has_gate)
+        reserve_workspace(prepared[0].device)
+        return prepared
+
+    def run(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
+        """The result for x [rows, in]."""
+        out = x.new_empty((x.shape[0], self.request.width))
+        if len(x) == 0:
+            return out
+        act, before = self.request.act, len(prologue_pointers(self.request))
+        given = [operand.contiguous() for operand in operands]
+        if act.scale == "tensor" and not act.is_static:
+            prologue = apply_fusions(self.prologue, x.float(), given[: before - 1]).to(x.dtype)
+            given.insert(before - 1, quantize_input(prologue, act)[1].view(1))
+        with on_device(x.device):
+            entered = self._enter(x.contiguous(), given[:before])
+            tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
+            sizes, blocks = (self.n, self.k, padded(self.n)), -(-self.k // self.form.layout.block)
+            launch_product(self.kernels["matmul"], tile, [*entered, *parts, *given[before:], out], sizes, blocks)
+        return out
+
+    def _enter(self, x: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Codes of the input, their scales, and their sums where they are asked for."""
+        codes = torch.empty_like(x, dtype=torch.int8 if self.request.act.dtype == "int8" else torch.float8_e4m3fn)
+        results, summed = [codes, x.new_empty(len(x), dtype=torch.float32)], summed_group(self.request, self.form)
+        groups = 1 if summed is None else -(-self.k // summed)
+        if summed is not None:
+            results.append(x.new_empty((len(x), groups), dtype=torch.float32))
+        width = 1 << ((summed or self.k) - 1).bit_length()
+        rows = 1 << (groups - 1).bit_length()
+        self.kernels["enter"][(len(x),)](
+            x, *operands, *results, self.k, GROUPS=rows, WIDTH=width, num_warps=entry_warps(width * rows)
+        )
+        return results
 
 
 def launch_product(

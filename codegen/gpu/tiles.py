@@ -26,21 +26,30 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """processors: streaming multiprocessors; flops: of 16-bit tensor cores, bandwidth: bytes, both per second."""
+    """processors: streaming multiprocessors; flops: of 16-bit tensor cores, bandwidth: bytes, both per second;
+    capability: 90 for sm_90."""
 
     processors: int
     flops: float
     bandwidth: float
+    capability: int = 90
 
 
 _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
 TILES: dict[str, tuple[Tile, ...]] = {
     "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
-    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 64, 256, 4, 4), *_WIDE),
-    "integer": (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3)),
+    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
+    "eight bits": (
+        Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3)
+    ),
 }
 """By how weights are decoded, then by rows. More than 64 rows of tiles that decode need more registers than there are.
 Four stages are kept on their way where there is room: memory takes about a microsecond (benchmarks.static_gates)."""
+
+OLDER_TILES: dict[str, tuple[Tile, ...]] = {
+    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 64, 256, 4, 4), *_WIDE),
+}
+"""Where they differ before sm_90: tensor cores there take operands in pairs of registers that cost moves."""
 
 _PER_PROCESSOR: dict[tuple[int, int], tuple[float, float]] = {
     (8, 0): (2.9e12, 1.62e10), (8, 6): (0.9e12, 0.9e10), (8, 9): (1.25e12, 0.7e10), (9, 0): (6.0e12, 2.5e10),
@@ -52,9 +61,9 @@ _FUSED_EFFICIENCY = 0.55
 """Share of a dense product's speed that ours reach when they compute rather than wait for memory."""
 
 
-def tile_for(rows: int, decoding: str) -> Tile:
+def tile_for(rows: int, decoding: str, capability: int) -> Tile:
     """The smallest tile that holds the rows, or the largest."""
-    tiles = TILES[decoding]
+    tiles = (OLDER_TILES if capability < 90 else TILES).get(decoding, TILES[decoding])
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
@@ -86,4 +95,4 @@ def device_facts(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     flops, bandwidth = _PER_PROCESSOR.get((found.major, found.minor), _UNKNOWN)
     count = int(found.multi_processor_count)
-    return Device(count, flops * count, bandwidth * count)
+    return Device(count, flops * count, bandwidth * count, 10 * found.major + found.minor)

@@ -19,7 +19,9 @@ from ptqc.codegen.gpu.chains import EPILOGUE_HELPERS, epilogue_lines, operand_na
 from ptqc.codegen.gpu.forms import WeightForm
 from ptqc.requests import KernelRequest
 
-__all__ = ["POINTER_TYPES", "SPLIT_LINES", "finish_text", "product_arguments", "product_text", "tail_text"]
+__all__ = ["POINTER_TYPES", "SPLIT_LINES", "finish_text", "group_lines", "product_arguments", "product_text", "tail_arguments",
+    "tail_text",
+]
 
 _TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 
@@ -127,7 +129,7 @@ def product_text(request: KernelRequest, form: WeightForm) -> str:
         before="\n    ".join(_lines_before(form)),
         loop="\n        ".join([*_decode_lines(form), *_sum_lines(form, request.k)]),
         after="\n    ".join(_scale_lines(form)),
-        split=SPLIT_LINES.format(tail=_tail_arguments(request)),
+        split=SPLIT_LINES.format(tail=tail_arguments(request)),
         **numbers,
     )
     body = [*_lines_before(form), *_decode_lines(form), *_unpack_lines(form, _TYPES[request.dtype])]
@@ -138,7 +140,7 @@ def product_text(request: KernelRequest, form: WeightForm) -> str:
 def finish_text(request: KernelRequest) -> str:
     """The kernel `finish`: the epilogue of a product that was computed elsewhere."""
     pointers = "".join(f"{name}, " for name in operand_names(request))
-    return _FINISH.format(pointers=pointers, tail=_tail_arguments(request).replace("acc", "y", 1))
+    return _FINISH.format(pointers=pointers, tail=tail_arguments(request).replace("acc", "y", 1))
 
 
 def tail_text(request: KernelRequest) -> str:
@@ -153,11 +155,12 @@ def tail_text(request: KernelRequest) -> str:
 
 
 @triton.jit
-def tail({_tail_arguments(request).replace("acc", "y", 1).replace("BM, BN", "BM: tl.constexpr, BN: tl.constexpr")}):
+def tail({tail_arguments(request).replace("acc", "y", 1).replace("BM, BN", "BM: tl.constexpr, BN: tl.constexpr")}):
     {chr(10).join(lines).replace(chr(10), chr(10) + "    ")}"""
 
 
-def _tail_arguments(request: KernelRequest) -> str:
+def tail_arguments(request: KernelRequest) -> str:
+    """What `tail` is called with."""
     return ", ".join(["acc", *operand_names(request), "out_ptr", "tile", "rm", "rn", "rows_in", "N", "BM, BN"])
 
 
@@ -175,10 +178,10 @@ def _decode_lines(form: WeightForm) -> list[str]:
     words = [
         f'w{i} = tl.load(w_at + {i * rows} * NP, eviction_policy="evict_first")' for i in range(form.layout.words)
     ]
-    return [*words, *_group_lines(form), *form.calls]
+    return [*words, *group_lines(form), *form.calls]
 
 
-def _group_lines(form: WeightForm) -> list[str]:
+def group_lines(form: WeightForm) -> list[str]:
     """Scales s<i> and zeros z<i> of the groups in a block."""
     if form.fields_per_scale is None:
         return []

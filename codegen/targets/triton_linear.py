@@ -15,10 +15,10 @@ from ptqc.codegen.gpu.launch import is_interpreted
 from ptqc.codegen.gpu.weight_only import finish_text, product_text
 from ptqc.requests import TARGETS, KernelRequest, KernelSource
 
-__all__ = ["TritonLinear", "no_triton"]
+__all__ = ["DTYPES", "WIDEST_ROW", "TritonLinear", "no_triton"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_WIDEST_ROW = 65536
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST_ROW = 65536
 """Inputs of a row that the kernel before the product holds in registers."""
 
 _TEXT = '''{kernels}
@@ -66,10 +66,10 @@ class TritonLinear:
             return "the fused product has no derivative"
         if request.act.dtype is not None:
             return f"{request.act} activations are another target's"
-        if request.dtype not in _DTYPES:
+        if request.dtype not in DTYPES:
             return f"activations are float16, bfloat16 or float32, not {request.dtype}"
-        if needs_entry(request) and request.k > _WIDEST_ROW:
-            return f"prologues hold a row in registers: at most {_WIDEST_ROW} inputs, not {request.k}"
+        if needs_entry(request) and request.k > WIDEST_ROW:
+            return f"prologues hold a row in registers: at most {WIDEST_ROW} inputs, not {request.k}"
         form = form_of(request.spec, request.k, request.dtype)
         return form if isinstance(form, str) else None
 
