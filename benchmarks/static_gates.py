@@ -137,7 +137,8 @@ def _programs(code: MachineCode, tile: Tile, capability: int) -> int:
 
 
 def _failures(case: Case, code: MachineCode, per_weight: float, programs: int) -> Iterator[str]:
-    most = MOST_INSTRUCTIONS.get(case.spec, {}).get(case.rows) if case.dtype == torch.float16 else None
+    is_gated = case.dtype == torch.float16 and case.act == "float"
+    most = MOST_INSTRUCTIONS.get(case.spec, {}).get(case.rows) if is_gated else None
     if most and per_weight > most and (case.rows < 64 or case.capability == 90):
         yield f"{per_weight:.2f} instructions per weight, not {most}"
     if code.spills or code.stack:

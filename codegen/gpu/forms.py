@@ -67,7 +67,7 @@ class WeightForm:
     def decoding(self) -> str:
         """Which tiles suit it: a row of `tiles.TILES`."""
         if self.words_type != "*i16":
-            return "eight bits"
+            return "eight bits and zeros" if self.subtracted.is_tile else "eight bits"
         return "table" if "planes_ptr" in self.tables else "arithmetic"
 
     @property

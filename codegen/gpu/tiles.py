@@ -42,6 +42,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "eight bits": (
         Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3)
     ),
+    "eight bits and zeros": (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 8, 3)),
 }
 """By how weights are decoded, then by rows. More than 64 rows of tiles that decode need more registers than there are.
 Four stages are kept on their way where there is room: memory takes about a microsecond (benchmarks.static_gates)."""
