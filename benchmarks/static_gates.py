@@ -51,8 +51,8 @@ SHARED = {80: 163, 90: 227}
 """KiB of shared memory of a processor."""
 MOST_INSTRUCTIONS: dict[str, dict[int, float]] = {"int4g128": {1: 2.4, 16: 2.4, 64: 3.0}, "int4g64z": {1: 2.4, 16: 2.4},
                                                   "nf4g64": {1: 4.0, 16: 4.0}}  # fmt: skip
-"""Per weight in the main loop, float16, by spec and rows. At 64 rows for sm_90 only: on sm_80 the products alone are one
-instruction for every weight."""
+"""Per weight in the main loop, float16, by spec and rows. At 64 rows for sm_90 only: on sm_80 the products alone are
+one instruction for every weight."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _failures(case: Case, code: MachineCode, per_weight: float, programs: int) -
         yield f"{code.spills} spills, {code.stack} bytes of stack"
     if not code.matrices:
         yield "no tensor cores"
-    if case.rows <= 16 and programs < 2 or programs < 1:
+    if (case.rows <= 16 and programs < 2) or programs < 1:
         yield f"{programs} programs on a processor"
 
 
@@ -167,10 +167,25 @@ def _amd(specs: tuple[str, ...]) -> list[str]:
         request, form, tile = _request(Case(spec, torch.float16, 16, 90))
         try:
             compiled = _compile(request, form, Tile(16, 64, tile.inputs, 4, 2), GPUTarget("hip", "gfx942", 64), True)
-            lines.append(f"{spec}: gfx942, {compiled.asm['amdgcn'].count('v_mfma')} v_mfma, {compiled.metadata.shared} B")
+            lines.append(
+                f"{spec}: gfx942, {compiled.asm['amdgcn'].count('v_mfma')} v_mfma, {compiled.metadata.shared} B"
+            )
         except Exception as error:
             lines.append(f"{spec}: gfx942 fails: {str(error).strip().splitlines()[-1][:160]}")
     return lines
+
+
+HEADER = (
+    "spec            act           dtype    target tile                 i/w  regs spills shared programs tensor cores"
+)
+
+
+def _line(row: Row) -> str:
+    failures = f"  FAILS: {'; '.join(row.failures)}" if row.failures else ""
+    return (
+        f"{row.spec:15s} {row.act:13s} {row.dtype:8s} {row.target:6s} {row.tile:18s} {row.per_weight:5.2f} "
+        f"{row.registers:5d} {row.spills:6d} {row.shared:6d} {row.programs:8d} {row.matrices}{failures}"
+    )
 
 
 def main() -> None:
@@ -186,15 +201,12 @@ def main() -> None:
 
     specs = tuple(given.spec or (QUICK if given.quick else SPECS))
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
-    print(f"{'spec':15s} {'act':13s} {'dtype':9s} {'target':6s} {'tile':20s} {'i/w':>5s} {'regs':>4s} {'spill':>5s} {'shared':>7s} "
-          f"{'progs':>5s} tensor cores")  # fmt: skip
+    print(HEADER)
     rows = []
     for case in _cases(specs, given.quick):
         row = measure(case)
         rows.append(row)
-        print(f"{row.spec:15s} {row.act:13s} {row.dtype:9s} {row.target:6s} {row.tile:20s} {row.per_weight:5.2f} {row.registers:4d} "
-              f"{row.spills:5d} {row.shared:7d} {row.programs:5d} {row.matrices}  "
-              f"{'FAILS: ' + '; '.join(row.failures) if row.failures else ''}", flush=True)  # fmt: skip
+        print(_line(row), flush=True)
     for line in _amd(specs) if given.amd else []:
         print(line)
     if given.json:

@@ -7,54 +7,20 @@ loses u in another, which subtracts the zero as well:
 
     level = (u + code * 2^o) * 2^-o + (-(u * 2^-o) - zero)              lop3, fma.f16x2    (two weights)
 
-(Kim, Henry, Fahim, Hassan Awadalla 2022, arXiv:2211.10017; Frantar et al. 2024, MARLIN, arXiv:2408.11743.) Tables of 16
-levels are looked up with byte permutations, one for the low and one for the high bytes of the levels. The second form
-is plain Triton, for the interpreter and for other makers' GPUs.
+(Kim, Henry, Fahim, Hassan Awadalla 2022, arXiv:2211.10017; Frantar et al. 2024, MARLIN, arXiv:2408.11743.) The
+second form is plain Triton, for the interpreter and for other makers' GPUs.
 """
 
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-
+from ptqc.codegen.gpu.ptx import Half, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 
-__all__ = ["HALVES", "Half", "Subtracted", "byte_planes", "decode_floats", "decode_integers", "decode_table"]
+__all__ = ["Subtracted", "decode_integers"]
 
 _LONGEST = 4
 """Fields decoded by one function: more would hold too many registers at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Half:
-    """A 16-bit float. unit: the power of two whose numbers have their last bit worth 1; magic: its bits."""
-
-    triton: str
-    suffix: str
-    mantissa: int
-    magic: int
-
-    @property
-    def unit(self) -> int:
-        """The number that an empty mantissa stands for."""
-        return 1 << self.mantissa
-
-    def bits(self, value: float) -> int:
-        """The bits of a number that this type holds exactly."""
-        if self.suffix == "f16x2":
-            return int.from_bytes(struct.pack("<e", value), "little")
-        return int.from_bytes(struct.pack("<f", value)[2:], "little")
-
-    def pair(self, value: float) -> str:
-        """A register with the number in both halves."""
-        return f"0x{self.bits(value) * 0x10001:08x}"
-
-
-HALVES: dict[torch.dtype, Half] = {
-    torch.float16: Half("tl.float16", "f16x2", 10, 0x6400),
-    torch.bfloat16: Half("tl.bfloat16", "bf16x2", 7, 0x4300),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,89 +30,6 @@ class Subtracted:
     constant: int = 0
     is_tile: bool = False
     has_fractions: bool = False
-
-
-@dataclass
-class _Program:
-    """PTX under construction: registers that hold shifted words, constants, and the tiles it takes in."""
-
-    half: Half
-    outputs: int
-    words: list[int] = field(default_factory=list)
-    tiles: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    registers: dict[str, str] = field(default_factory=dict)
-
-    def word(self, index: int) -> str:
-        """The operand that holds a word; words come before tiles."""
-        if index not in self.words:
-            self.words.append(index)
-        return f"$w{index}"
-
-    def tile(self, expression: str) -> str:
-        """The operand that holds a tile given by a Triton expression."""
-        if expression not in self.tiles:
-            self.tiles.append(expression)
-        return f"$t{self.tiles.index(expression)}"
-
-    def once(self, key: str, instruction: str) -> str:
-        """A register computed the first time that it is asked for."""
-        if key not in self.registers:
-            self.registers[key] = f"r{len(self.registers)}"
-            self.lines.append(instruction.replace("@", self.registers[key]))
-        return self.registers[key]
-
-    def fresh(self, instruction: str) -> str:
-        """A register of its own."""
-        return self.once(f"fresh {len(self.registers)}", instruction)
-
-    def number(self, value: float) -> str:
-        """A register with a constant in both halves."""
-        bits = self.half.pair(value)
-        return self.once(bits, f"mov.b32 @, {bits};")
-
-    def shifted(self, word: int, shift: int) -> str:
-        """A word shifted right (left if negative)."""
-        operand = self.word(word)
-        if shift == 0:
-            return operand
-        verb, by = ("shr", shift) if shift > 0 else ("shl", -shift)
-        return self.once(f"{verb} {word} {by}", f"{verb}.b32 @, {operand}, {by};".replace("shr.b32", "shr.u32"))
-
-    def fma(self, a: str, b: str, c: str) -> str:
-        """a * b + c."""
-        return self.fresh(f"fma.rn.{self.half.suffix} @, {a}, {b}, {c};")
-
-    def add(self, a: str, b: str) -> str:
-        """a + b; bfloat16 has an addition from sm_90 on only."""
-        if self.half.suffix == "f16x2":
-            return self.fresh(f"add.rn.f16x2 @, {a}, {b};")
-        return self.fma(a, self.number(1.0), b)
-
-    def call(self, results: Sequence[str], tile_registers: int = 1) -> str:
-        """The Triton expression that runs the program and gives the results.
-
-        tile_registers: registers of a tile for two rows, of which the first is read: two if it is 32 bits wide.
-        """
-        lines = [*self.lines, *(f"mov.b32 ${place}, {result};" for place, result in enumerate(results))]
-        asm = "\n".join(["{", *(f".reg .b32 {register};" for register in self.registers.values()), *lines, "}"])
-        tiles = self.outputs + len(self.words)
-        places = {f"$w{word}": self.outputs + i for i, word in enumerate(self.words)}
-        places |= {f"$t{i}": tiles + i * tile_registers for i in range(len(self.tiles))}
-        for operand, place in places.items():
-            asm = asm.replace(f"{operand},", f"${place},").replace(f"{operand};", f"${place};")
-        inputs = len(self.words) + len(self.tiles) * tile_registers
-        constraints = ",".join(["=r"] * self.outputs + ["r"] * inputs)
-        types = f"({', '.join([self.half.triton] * self.outputs)})" if self.outputs > 1 else self.half.triton
-        arguments = ", ".join([f"w{word}" for word in self.words] + self.tiles)
-        text = asm.replace("\n", "\n            ")
-        return (
-            f'tl.inline_asm_elementwise("""{text}""",\n            "{constraints}", [{arguments}], '
-            f"dtype={types}, is_pure=True, pack=2)"
-        )
-
-
-# -------------------------------------------------------------------- integers
 
 
 def decode_integers(
@@ -167,8 +50,10 @@ def decode_integers(
         zero = f"z{first // fields_per_scale}" if subtracted.is_tile else ""
         name = f"decode_{first}"
         parts = _zero_parts(subtracted, bits, half)
-        program = "" if half is None or plans is None else _integer_program(
-            [plans[j] for j in fields], half, subtracted, list(parts), bits
+        program = (
+            ""
+            if half is None or plans is None
+            else _integer_program([plans[j] for j in fields], half, subtracted, list(parts), bits)
         )
         functions.append(_integer_function(name, pieces, words, parts, half, subtracted, program))
         arguments = [f"w{word}" for word in words] + ([zero] if zero else [])
@@ -254,15 +139,13 @@ def _excess(plan: Sequence[_Placed], half: Half) -> float:
 def _integer_program(
     plans: Sequence[Sequence[_Placed]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
 ) -> str:
-    program = _Program(half, len(plans))
+    program = Program(half, len(plans))
     excesses = {_excess(plan, half) for plan in plans}
     is_merged = parts[:1] == ["whole"] and len(excesses) <= 2 and max(excesses) + (1 << bits) <= 2 * half.unit
     return program.call([_field(program, plan, zero, parts, is_merged) for plan in plans])
 
 
-def _field(
-    program: _Program, plan: Sequence[_Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool
-) -> str:
+def _field(program: Program, plan: Sequence[_Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool) -> str:
     half, total = program.half, ""
     excess = _excess(plan, half)
     for piece in plan:
@@ -293,111 +176,3 @@ def _narrow(pieces: Sequence[Piece], half: Half) -> list[Piece]:
         narrow += [Piece(piece.word, piece.bit + at, min(widest, piece.width - at), piece.base + at)
                    for at in range(0, piece.width, widest)]  # fmt: skip
     return narrow
-
-
-# -------------------------------------------------------------------- tables of 16 levels
-
-
-def byte_planes(levels: Sequence[float], half: Half) -> list[int]:
-    """The bytes of up to 16 levels, four to an int32: four words of low bytes, four of high bytes."""
-    dtype = torch.float16 if half.suffix == "f16x2" else torch.bfloat16
-    bits = [int(value) & 0xFFFF for value in torch.tensor(list(levels)).to(dtype).view(torch.int16).tolist()]
-    bits += [0] * (16 - len(bits))
-    words = [sum((bits[4 * i + k] >> shift & 255) << 8 * k for k in range(4)) for shift in (0, 8) for i in range(4)]
-    return [word - (1 << 32) if word >> 31 else word for word in words]
-
-
-def decode_table(layout: WordLayout, half: Half | None) -> tuple[str, list[str], list[str]]:
-    """Text of the function for codes of 4 bits that index 16 levels, the lines that call it, and those before the loop.
-
-    The planes of `byte_planes` come from memory: as constants they would be put into registers again for every use.
-    float32 levels are read from memory one by one.
-    """
-    assert layout.fields == 4 and layout.words == 1
-    codes = [f"((w0 >> {4 * j}) & 15).to(tl.int32)" for j in range(4)]
-    if half is None:
-        plain = ", ".join(f"tl.load(levels_ptr + {code})" for code in codes)
-        text = f"@triton.jit\ndef decode_0(w0, levels_ptr, PTX: tl.constexpr):\n    return {plain}"
-        return text, ["f0, f1, f2, f3 = decode_0(w0, levels_ptr, PTX)"], []
-    planes = ", ".join(f"plane{i}" for i in range(8))
-    lines = [
-        "@triton.jit",
-        "def level_of(code, planes_ptr):",
-        "    low = (tl.load(planes_ptr + (code >> 2)) >> ((code & 3) * 8)) & 255",
-        "    high = (tl.load(planes_ptr + 4 + (code >> 2)) >> ((code & 3) * 8)) & 255",
-        f"    return (low | (high << 8)).to(tl.int16).to({half.triton}, bitcast=True)",
-        "",
-        "",
-        "@triton.jit",
-        f"def decode_0(w0, planes_ptr, {planes}, PTX: tl.constexpr):",
-        "    if PTX:",
-        f"        return {_table_program(half)}",
-        f"    return {', '.join(f'level_of({code}, planes_ptr)' for code in codes)}",
-    ]
-    # Tiles of one number: behind a splat, words would not be decoded in the registers where the product wants them.
-    before = ["one = tl.zeros((1, 1), tl.int32)", *(f"plane{i} = tl.load(planes_ptr + {i} + one)" for i in range(8))]
-    return "\n".join(lines), [f"f0, f1, f2, f3 = decode_0(w0, planes_ptr, {planes}, PTX)"], before
-
-
-def _table_program(half: Half) -> str:
-    program = _Program(half, 4)
-    word = program.word(0)
-    planes = [program.tile(f"plane{i}") for i in range(8)]
-    # Bytes of the two rows side by side: fields 0 and 1 of both in the low half, 2 and 3 in the high half.
-    codes = program.fresh(f"prmt.b32 @, {word}, {word}, 0x3120;")
-    select = program.fresh(f"and.b32 @, {codes}, 0x77777777;")
-    upper = program.fresh(f"shr.u32 @, {codes}, 1;")
-    merge = program.fresh(f"lop3.b32 @, {upper}, 0x44444444, 0x32103210, 0xea;")
-    results = []
-    for shift in (0, 16):
-        if shift:
-            select = program.fresh(f"shr.u32 @, {select}, 16;")
-            merge = program.fresh(f"shr.u32 @, {merge}, 16;")
-        found = []
-        for table in (planes[:4], planes[4:]):
-            first = program.fresh(f"prmt.b32 @, {table[0]}, {table[1]}, {select};")
-            second = program.fresh(f"prmt.b32 @, {table[2]}, {table[3]}, {select};")
-            found.append(program.fresh(f"prmt.b32 @, {first}, {second}, {merge};"))
-        results += [program.fresh(f"prmt.b32 @, {found[0]}, {found[1]}, {order};") for order in ("0x6240", "0x7351")]
-    return program.call(results, tile_registers=2)
-
-
-# -------------------------------------------------------------------- 8-bit floats
-
-
-def decode_floats(dtype: torch.dtype, half: Half | None) -> tuple[str, list[str]]:
-    """Text of the function for codes that are 8-bit floats, two to a word, and the line that calls it.
-
-    Sign, exponent and mantissa are moved to where the wider type has them; what its larger bias makes of that is
-    undone by a power of two.
-    """
-    mantissa, bias = (3, 7) if dtype == torch.float8_e4m3fn else (2, 15)
-    plain = ", ".join(_plain_float(8 * j, mantissa, bias, half) for j in range(2))
-    lines = ["@triton.jit", "def decode_0(w0, PTX: tl.constexpr):"]
-    if half is not None:
-        lines += ["    if PTX:", f"        return {_float_program(half, mantissa, bias)}"]
-    return "\n".join([*lines, f"    return {plain}"]), ["f0, f1 = decode_0(w0, PTX)"]
-
-
-def _plain_float(bit: int, mantissa: int, bias: int, half: Half | None) -> str:
-    byte = f"(w0 >> {bit})"
-    moved = f"((({byte} & 128) << 8) | (({byte} & 127) << {10 - mantissa}))"
-    number = f"{moved}.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * {2.0 ** (15 - bias)}"
-    return f"({number}).to({half.triton if half else 'tl.float32'})"
-
-
-def _float_program(half: Half, mantissa: int, bias: int) -> str:
-    program = _Program(half, 2)
-    down = 8 - (half.mantissa - mantissa)  # from the high byte of a half to the place of the wider mantissa
-    own_bias = 15 if half.suffix == "f16x2" else 127
-    results = []
-    for bit in (0, 8):
-        word = program.shifted(0, bit - 8)
-        sign = program.fresh(f"and.b32 @, {word}, 0x80008000;")
-        moved = word if down == 0 else program.fresh(f"shr.u32 @, {word}, {down};")
-        mask = (0x7F00 >> down) * 0x10001
-        number = program.fresh(f"lop3.b32 @, {moved}, 0x{mask:08x}, {sign}, 0xea;")
-        if own_bias != bias:
-            number = program.fma(number, program.number(2.0 ** (own_bias - bias)), program.number(-0.0))
-        results.append(number)
-    return program.call(results)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ptqc.codegen.gpu.chains import operand_names
-from ptqc.codegen.gpu.decode import HALVES, Subtracted
+from ptqc.codegen.gpu.decode import Subtracted
 from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale, logical_parts, pack_scales, padded
+from ptqc.codegen.gpu.ptx import HALVES
 from ptqc.codegen.gpu.weight_only import POINTER_TYPES, SPLIT_LINES, group_lines, tail_arguments, tail_text
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
@@ -26,7 +27,7 @@ from ptqc.spec import WeightSpec
 
 __all__ = ["eight_bit_arguments", "eight_bit_form", "eight_bit_text", "pack_bytes", "summed_group"]
 
-_MATMUL = '''@triton.jit
+_MATMUL = """@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
     if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32)).to({total})
@@ -65,16 +66,16 @@ def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, 
         x_from = block * {block}
         {loop}
     {after}
-    {split}'''
+    {split}"""
 
-_HELPERS = '''@triton.jit
+_HELPERS = """@triton.jit
 def low(words):
     return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
 
 
 @triton.jit
 def high(words):
-    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]'''
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]"""
 
 _HALVES_OF_16 = ("((w << 4) & -16).to(tl.int8)", "(w & -16).to(tl.int8)")
 """The two fields of a byte, times 16."""

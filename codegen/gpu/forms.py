@@ -17,12 +17,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ptqc import storage
-from ptqc.codegen.gpu.decode import HALVES, Half, Subtracted, byte_planes, decode_floats, decode_integers, decode_table
+from ptqc.codegen.gpu.decode import Subtracted, decode_integers
 from ptqc.codegen.gpu.lattices import decode_lattice, lattice_layout, lattice_tables, lattice_words
+from ptqc.codegen.gpu.levels import byte_planes, decode_floats, decode_table
+from ptqc.codegen.gpu.ptx import HALVES, Half
 from ptqc.codegen.gpu.words import WordLayout, pack_words, word_layout
 from ptqc.spec import WeightSpec
 
-__all__ = ["OUTPUT_STEP", "WeightForm", "fields_per_scale", "form_of", "logical_parts", "pack_parts", "pack_scales", "padded"]
+__all__ = [
+    "OUTPUT_STEP",
+    "WeightForm",
+    "fields_per_scale",
+    "form_of",
+    "logical_parts",
+    "pack_parts",
+    "pack_scales",
+    "padded",
+]
 
 OUTPUT_STEP = 128
 """Outputs are filled up to a multiple of this."""
@@ -188,13 +199,15 @@ def _transposed(scale: Tensor, outputs: int) -> Tensor:
 def _scale_words(
     scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int, outputs: int
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [out, in // group] as words [rows * words, outputs] int32, and the power of two taken out, [1]."""
+    """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; the power of two taken out, [1]."""
     norm = scale.new_ones(1)
     if form.half is not None:
         # The largest scale goes to 2^14 .. 2^15; that changes no bit of the others unless they are 2^28 smaller.
         norm = torch.exp2(scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).log2().floor() - 14).view(1)
     rows = -(-inputs // form.inputs_per_row)
-    starts = torch.arange(rows * form.scales_per_row, device=scale.device) * (form.inputs_per_row // form.scales_per_row)
+    starts = torch.arange(rows * form.scales_per_row, device=scale.device) * (
+        form.inputs_per_row // form.scales_per_row
+    )
     groups = (starts // (form.spec.group or inputs)).clamp_max(scale.shape[1] - 1)
     numbers = [scale / norm] if zero is None else [scale / norm, zero]
     spread = [number[:, groups].unflatten(1, (rows, form.scales_per_row)) for number in numbers]

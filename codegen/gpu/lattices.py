@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ptqc.codegen.gpu.decode import Half, Subtracted, decode_integers
+from ptqc.codegen.gpu.decode import Subtracted, decode_integers
+from ptqc.codegen.gpu.ptx import Half
 from ptqc.codegen.gpu.words import WordLayout, word_layout
 from ptqc.lattice import Lattice, Stage
 

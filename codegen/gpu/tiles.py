@@ -40,7 +40,10 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
     "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
     "eight bits": (
-        Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3)
+        Tile(16, 64, 128, 4, 4),
+        Tile(32, 64, 128, 4, 4),
+        Tile(64, 128, 128, 4, 3),
+        Tile(128, 128, 128, 8, 3),
     ),
     "eight bits and zeros": (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 128, 8, 3)),
 }
@@ -69,14 +72,14 @@ def tile_for(rows: int, decoding: str, capability: int) -> Tile:
 
 
 def split_of(tiles: int, blocks: int, device: Device) -> tuple[int, int]:
-    """Runs into which the blocks of every tile are split, and blocks of a run, so that two programs meet on a processor.
+    """Runs into which the blocks of every tile are split, and blocks of a run: two programs for every processor.
 
     >>> split_of(32, 32, Device(132, 0, 0))
     (8, 4)
     """
     wanted = max(1, 2 * device.processors // tiles)
-    # A run shorter than the pipeline is deep waits for memory all the time.
-    chunk = max(-(-blocks // wanted), min(4, blocks))
+    # Runs of one block would move more partial sums than weights.
+    chunk = max(-(-blocks // wanted), min(2, blocks))
     return -(-blocks // chunk), chunk
 
 

@@ -19,7 +19,14 @@ from ptqc.codegen.gpu.chains import EPILOGUE_HELPERS, epilogue_lines, operand_na
 from ptqc.codegen.gpu.forms import WeightForm
 from ptqc.requests import KernelRequest
 
-__all__ = ["POINTER_TYPES", "SPLIT_LINES", "finish_text", "group_lines", "product_arguments", "product_text", "tail_arguments",
+__all__ = [
+    "POINTER_TYPES",
+    "SPLIT_LINES",
+    "finish_text",
+    "group_lines",
+    "product_arguments",
+    "product_text",
+    "tail_arguments",
     "tail_text",
 ]
 
@@ -27,7 +34,7 @@ _TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.floa
 
 POINTER_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
-_PRODUCT = '''@triton.jit
+_PRODUCT = """@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
     if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
@@ -53,7 +60,7 @@ def high(words):
 
 @triton.jit
 def full(words):
-    return words.to(tl.float32, bitcast=True)[:, None]'''
+    return words.to(tl.float32, bitcast=True)[:, None]"""
 
 SPLIT_LINES = """if IS_SPLIT:
         slot = part_ptr + tl.program_id(0) * (SPLIT * BM * BN)
@@ -70,7 +77,7 @@ SPLIT_LINES = """if IS_SPLIT:
     else:
         tail({tail})"""
 
-_MATMUL = '''@triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
+_MATMUL = """@triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
            BN: tl.constexpr, ROWS: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
     PARTS: tl.constexpr = {rows} // ROWS
@@ -92,17 +99,17 @@ def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, 
         x_from = block * {block} + part * {stride}
         {loop}
     {after}
-    {split}'''
+    {split}"""
 
-_UNPACK = '''@triton.jit
+_UNPACK = """@triton.jit
 def unpack({pointers}, out_ptr, N, K, NP, BN: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     block = tl.program_id(1)
     rq = tl.arange(0, {rows})
     w_at = w_ptr + (block * {tall} + rq[None, :]) * NP + rn[:, None]
-    {body}'''
+    {body}"""
 
-_FINISH = '''@triton.jit(do_not_specialize=["M"])
+_FINISH = """@triton.jit(do_not_specialize=["M"])
 def finish(y_ptr, {pointers}out_ptr, M, N, NP, BM: tl.constexpr, BN: tl.constexpr):
     row_tiles = tl.cdiv(M, BM)
     tile = tl.program_id(0) // row_tiles
@@ -110,7 +117,7 @@ def finish(y_ptr, {pointers}out_ptr, M, N, NP, BM: tl.constexpr, BN: tl.constexp
     rn = tile * BN + tl.arange(0, BN)
     rows_in = rm[None, :] < M
     y = tl.load(y_ptr + rm[None, :] * NP + rn[:, None], mask=rows_in, other=0.0).to(tl.float32)
-    tail({tail})'''
+    tail({tail})"""
 
 
 def product_arguments(request: KernelRequest, form: WeightForm) -> dict[str, str]:
@@ -175,9 +182,7 @@ def _lines_before(form: WeightForm) -> list[str]:
 
 def _decode_lines(form: WeightForm) -> list[str]:
     rows = form.layout.rows
-    words = [
-        f'w{i} = tl.load(w_at + {i * rows} * NP, eviction_policy="evict_first")' for i in range(form.layout.words)
-    ]
+    words = [f'w{i} = tl.load(w_at + {i * rows} * NP, eviction_policy="evict_first")' for i in range(form.layout.words)]
     return [*words, *group_lines(form), *form.calls]
 
 

@@ -1,4 +1,4 @@
-"""Products on GPUs of inputs quantized at run time to int8 or float8, written for Triton (`ptqc.codegen.gpu.eight_bit`)."""
+"""Products on GPUs of inputs quantized at run time to int8 or float8 (see `ptqc.codegen.gpu.eight_bit`)."""
 
 from typing import ClassVar
 

@@ -48,7 +48,9 @@ def test_every_spec_and_chains():
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 16, 64, 257])
 def test_all_together(rows):
-    check([case(spec, "int8-token", rows, epilogue=epilogue) for spec in INT8 for epilogue in ([], ["bias", "gate_silu"])])
+    check(
+        [case(spec, "int8-token", rows, epilogue=epilogue) for spec in INT8 for epilogue in ([], ["bias", "gate_silu"])]
+    )
 
 
 def request(spec, act, **more):
