@@ -8,7 +8,7 @@ that none leaves its range, and lie in pairs in 32-bit words, since nothing narr
     for each block (or group, if that is longer)    s_0 s_1 .. z_0 z_1 ..    two to a word    [rows, words, outputs]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -112,7 +112,7 @@ def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
         functions, calls = decode_lattice(lattice, half)
         return WeightForm(
             spec, half, layout, shared, subtracted, functions, tuple(calls), stride=8, factor=0.5,
-            tables=lattice_tables(lattice),
+            tables=tuple(lattice_tables(lattice)),
         )  # fmt: skip
     if book is not None and book.float_dtype is not None:
         functions, calls = decode_floats(book.float_dtype, half)
@@ -230,7 +230,7 @@ def _minimum_to_zero(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Ten
     return codes.masked_fill(spread, 0), torch.where(is_flat, minimum, scale), zero
 
 
-def _tables(form: WeightForm, device: torch.device) -> Mapping[str, Tensor]:
+def _tables(form: WeightForm, device: torch.device) -> dict[str, Tensor]:
     book = form.spec.book
     if book is None or not form.tables:
         return {}

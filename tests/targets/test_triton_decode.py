@@ -16,6 +16,7 @@ from tests.targets.ptx import run_ptx
 
 SPECS = ["int1", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "nf4", "fp4", "iq4nl", "e2m1",
          "fp8e4m3", "fp8e5m2", "int4z", "int2z", "int5z", "int8z", "int4f", "int8f"]  # fmt: skip
+CALL = re.compile(r'inline_asm_elementwise\(\s*"""(.*?)""",\s*"(.*?)", \[(.*?)\], dtype', re.S)
 TILE = re.compile(r"\((?P<part>\w+)(?: - (?P<number>[0-9.]+))?\)\.to|(?P<bare>\w+)\.to")
 
 
@@ -27,7 +28,7 @@ def decoded(form, words, zero):
         parts["rest"] = -parts["whole"] - zero
     fields = []
     planes = byte_planes(form.spec.book.levels, form.half) if form.tables else []
-    for program in re.findall(r'inline_asm_elementwise\(\s*"""(.*?)""",\s*"(.*?)", \[(.*?)\], dtype', form.functions, re.S):
+    for program in CALL.findall(form.functions):
         text, constraints, names = program
         registers = []
         for name in names.split(", "):
