@@ -45,7 +45,7 @@ def test_int8():
 def test_what_they_refuse_goes_to_the_reference_with_reasons(name, shape, dtype, needs_grad):
     kernel, error, _ = run(name, shape, dtype, needs_grad=needs_grad)
     assert kernel.target == "reference"
-    assert {target for target, _ in kernel.refusals} == {"aten_int4", "aten_int8"}
+    assert {target for target, _ in kernel.refusals} >= {"aten_int4", "aten_int8"}
     assert all(reason for _, reason in kernel.refusals)
     assert error < 8e-3
 
