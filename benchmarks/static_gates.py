@@ -125,8 +125,9 @@ def _compile(request: KernelRequest, form: WeightForm, tile: Tile, target: Any, 
         **({} if is_quantized else {"ROWS": form.layout.rows_for(tile.inputs)}),
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
+    registers = {"maxnreg": tile.registers} if tile.registers and not is_plain else {}
     return compile_kernel(
-        module.matmul, signature, constants, aligned, target, num_warps=tile.warps, num_stages=tile.stages
+        module.matmul, signature, constants, aligned, target, num_warps=tile.warps, num_stages=tile.stages, **registers
     )
 
 
@@ -149,8 +150,7 @@ def _failures(case: Case, code: MachineCode, per_weight: float, programs: int) -
         yield f"{programs} programs on a processor"
 
 
-def _cases(specs: tuple[str, ...], is_quick: bool) -> Iterator[Case]:
-    dtypes = (torch.float16,) if is_quick else (torch.float16, torch.bfloat16)
+def _cases(specs: tuple[str, ...], is_quick: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     for spec, dtype, capability, rows in itertools.product(specs, dtypes, (80, 90), ROWS):
         yield Case(spec, dtype, rows, capability)
     for (spec, act), capability, rows in itertools.product(() if is_quick else EIGHT_BIT, (80, 90), (16, 64, 128)):
@@ -192,6 +192,7 @@ def main() -> None:
     """Print the table, write JSON, fail if a gate does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="float16 and three specs only")
+    parser.add_argument("--float16", action="store_true", help="leave bfloat16 out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--spec", nargs="+", help="these specs only")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942 too")
@@ -203,7 +204,8 @@ def main() -> None:
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
     print(HEADER)
     rows = []
-    for case in _cases(specs, given.quick):
+    dtypes = (torch.float16,) if given.quick or given.float16 else (torch.float16, torch.bfloat16)
+    for case in _cases(specs, given.quick, dtypes):
         row = measure(case)
         rows.append(row)
         print(_line(row), flush=True)

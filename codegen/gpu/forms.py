@@ -79,6 +79,8 @@ class WeightForm:
         """Which tiles suit it: a row of `tiles.TILES`."""
         if self.words_type != "*i16":
             return "eight bits and zeros" if self.subtracted.is_tile else "eight bits"
+        if self.half is None:
+            return "float32"
         return "table" if "planes_ptr" in self.tables else "arithmetic"
 
     @property

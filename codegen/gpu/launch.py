@@ -178,9 +178,11 @@ def launch_product(
     partial, counters = workspace(x.device)
     if tiles * split * tile.rows * tile.outputs > partial.numel() or tiles > counters.numel():
         split, chunk = 1, blocks
+    modes = device_modes(x.device)
+    registers = {"maxnreg": tile.registers} if modes["PTX"] and tile.registers else {}
     kernel[tiles, split](
         *pointers, partial, counters, len(x), *sizes, blocks, chunk, split, BM=tile.rows, BN=tile.outputs,
-        IS_SPLIT=split > 1, num_warps=tile.warps, num_stages=tile.stages, **constants, **device_modes(x.device),
+        IS_SPLIT=split > 1, num_warps=tile.warps, num_stages=tile.stages, **constants, **registers, **modes,
     )  # fmt: skip
 
 

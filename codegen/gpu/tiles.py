@@ -15,13 +15,14 @@ __all__ = ["Device", "Tile", "device_facts", "is_dense_better", "split_of", "til
 @dataclass(frozen=True, slots=True)
 class Tile:
     """rows, outputs: of the result that one program computes; inputs: of one step of its loop; warps, stages: as
-    Triton takes them."""
+    Triton takes them; registers: that a thread may use, where the assembler would rather spill than use them."""
 
     rows: int
     outputs: int
     inputs: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,9 @@ class Device:
 
 _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
 TILES: dict[str, tuple[Tile, ...]] = {
-    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
-    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4), *_WIDE),
+    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
     "eight bits": (
         Tile(16, 64, 128, 4, 4),
         Tile(32, 64, 128, 4, 4),
