@@ -88,7 +88,9 @@ def check(key, methods, inner):
             model, inputs = zoo.build(key)
             torch._dynamo.reset()
             warnings.seen = False
-            options = {"method": method} | ({"bits": 4, "group_size": 64} if method in ("hqq", "rtn") else {})
+            options = {"method": method, "exact": True} | (
+                {"bits": 4, "group_size": 64} if method in ("hqq", "rtn") else {}
+            )
             compiled = torch.compile(model, backend="ptqc", options=options)
             with torch.no_grad():
                 zoo_out = zoo.primary_output

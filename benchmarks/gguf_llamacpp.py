@@ -1,10 +1,13 @@
 """Does llama.cpp read our GGUF files as we mean them? Perplexity of one text, by llama.cpp and by PyTorch.
 
-The reference model is exported as F16, Q8_0 and Q4_0, and quantized to int4g32 and carried over into Q4_0. Each file is
-run by llama.cpp (package llama-cpp-python) on non-overlapping windows of 512 tokens of the Python language reference.
-"PyTorch" is the same architecture in float32, holding the numbers that the `gguf` package decodes from the file.
+The reference model is exported in every type and mix, and quantized to int4g32 and int8g32 and carried over. Each file
+is run by llama.cpp (package llama-cpp-python) on non-overlapping windows of 512 tokens of the Python language
+reference. "PyTorch" is the same architecture in float32, holding the numbers that the `gguf` package decodes from the
+file. With --importance, scales are searched with the importance that calibration text gives.
 
-    python -m benchmarks.gguf_llamacpp [--windows 24] [--json gguf_llamacpp.json]
+    python -m benchmarks.gguf_llamacpp [--quants Q4_0 Q4_K_M] [--windows 24] [--importance] [--json gguf_llamacpp.json]
+
+--json adds its rows to those the file already has.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import json
 import logging
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,7 +28,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from ptqc.channel_importance import importance
 from ptqc.codegen.export._gguf_architectures import architecture_of, placements
+from ptqc.codegen.export._gguf_mixes import MIXES
 from ptqc.codegen.exporters import export
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
@@ -105,11 +110,18 @@ def tokens_differ(path: Path, text: str) -> int:
     return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
 
 
-def compare(label: str, model: nn.Module, quant: str, batches: list[list[int]], text: str) -> dict[str, object]:
+def compare(
+    label: str,
+    model: nn.Module,
+    quant: str,
+    batches: list[list[int]],
+    text: str,
+    importance: Mapping[str, Tensor] | None = None,
+) -> dict[str, object]:
     """Export, run both, and say what became of the weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        report = export(model, "gguf", path, quant=quant, tokenizer=REFERENCE)
+        report = export(model, "gguf", path, quant=quant, tokenizer=REFERENCE, importance=importance)
         weights = decoded(path, model)
         held = {
             name: weight.dequantize() for name, weight in model.named_parameters() if isinstance(weight, QuantTensor)
@@ -136,23 +148,40 @@ def main() -> None:
     """Print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--quants", nargs="*", default=list(MIXES))
+    parser.add_argument("--importance", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.getLogger("gguf").setLevel(logging.ERROR)
     disable_progress_bar()
     text, batches = windows(arguments.windows)
-    rows = [compare(quant, load_reference(), quant, batches, text) for quant in ("F16", "Q8_0", "Q4_0")]
-    rows.append(compare("int4g32 -> Q4_0", quantized(load_reference(), "int4g32"), "Q4_0", batches, text))
-    rows.append(compare("int8g32 -> Q8_0", quantized(load_reference(), "int8g32"), "Q8_0", batches, text))
-    print(f"{'file':16} {'MB':>6} {'llama.cpp':>10} {'PyTorch':>10} {'difference':>10}  bit-exact  ids that differ")
-    for row in rows:
+    counts, mark = None, ""
+    if arguments.importance:
+        counts = importance(load_reference(), "docs", AutoTokenizer.from_pretrained(REFERENCE), samples=32)
+        mark = " importance"
+    jobs = [(quant + mark, quant, None) for quant in arguments.quants]
+    if counts is None:
+        carried = (("int4g32", "Q4_0"), ("int8g32", "Q8_0"))
+        jobs += [(f"{spec} -> {quant}", quant, spec) for spec, quant in carried if quant in arguments.quants]
+    print(f"{'file':18} {'MB':>6} {'llama.cpp':>10} {'PyTorch':>10} {'difference':>10}  bit-exact  ids that differ")
+    for label, quant, spec in jobs:
+        model = load_reference() if spec is None else quantized(load_reference(), spec)
+        row = compare(label, model, quant, batches, text, counts)
         print(
-            f"{row['file']:16} {row['bytes'] / 1e6:6.2f} {row['llama.cpp']:10.4f} {row['pytorch']:10.4f} "
-            f"{row['difference']:+10.3%}  {row['bit_exact']:9}  {row['tokens_differ']}"
+            f"{row['file']:18} {row['bytes'] / 1e6:6.2f} {row['llama.cpp']:10.4f} {row['pytorch']:10.4f} "
+            f"{row['difference']:+10.3%}  {row['bit_exact']:9}  {row['tokens_differ']}",
+            flush=True,
         )
-    if arguments.json:
-        machine = {"machine": platform.platform(), "torch": torch.__version__, "llama_cpp": llama_cpp.__version__}
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        if arguments.json:
+            _keep(arguments.json, row)
+
+
+def _keep(path: Path, row: dict[str, object]) -> None:
+    """Add a row to the file, in the place of one of that name."""
+    machine = {"machine": platform.platform(), "torch": torch.__version__, "llama_cpp": llama_cpp.__version__}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [old for old in before if old["file"] != row["file"]] + [row]
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ptqc import ops
 from ptqc.errors import PtqcError
 from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
 
-__all__ = ["kernel_for", "target_for"]
+__all__ = ["cache_folder", "kernel_for", "refusals_of", "target_for"]
 
 log = logging.getLogger("ptqc")
 _LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
@@ -53,6 +53,11 @@ def target_for(request: KernelRequest) -> str | None:
     return None if found is None else found[0]
 
 
+def refusals_of(request: KernelRequest) -> tuple[tuple[str, str], ...]:
+    """The targets that are asked before the one that serves the request, each with its reason to refuse."""
+    return _first(request)[1]
+
+
 @cache
 def kernel_for(request: KernelRequest) -> Kernel:
     """The kernel of the first target that does not refuse the request.
@@ -64,7 +69,7 @@ def kernel_for(request: KernelRequest) -> Kernel:
         reasons = "; ".join(f"{target}: {reason}" for target, reason in refusals)
         raise PtqcError(f"no target has a kernel for {request}: {reasons}")
     name, emitter = found
-    log.info("%s [%d, %d] %s: %s", request.spec, request.n, request.k, request.dtype, name)
+    log.info("%s: %s", request, name)
     return _load(name, emitter.emit(request), request, refusals)
 
 
@@ -80,7 +85,7 @@ def _load(target: str, source: KernelSource, request: KernelRequest, refusals: t
 def load_text(text: str) -> ModuleType:
     """Import a generated module from the cache, writing it there if it is new."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = _cache_folder() / f"k_{digest}.py"
+    path = cache_folder() / f"k_{digest}.py"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -93,7 +98,8 @@ def load_text(text: str) -> ModuleType:
     return module
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where texts and what is made of them are kept."""
     wanted = Path(os.environ.get("PTQC_CACHE") or Path.home() / ".cache" / "ptqc" / "kernels")
     try:
         wanted.mkdir(parents=True, exist_ok=True)

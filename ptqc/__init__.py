@@ -17,6 +17,7 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from ptqc.act_spec import ActSpec
     from ptqc.api import quantize, report_of
+    from ptqc.channel_importance import importance
     from ptqc.errors import PtqcError
     from ptqc.exports import export
     from ptqc.folders.checkpoint import load, save
@@ -36,6 +37,7 @@ __all__ = [
     "auto",
     "export",
     "flatten_state_dict",
+    "importance",
     "inventory",
     "load",
     "plan",
@@ -56,6 +58,7 @@ _HOMES = {
     "auto": "ptqc.auto",
     "export": "ptqc.exports",
     "flatten_state_dict": "ptqc.folders.flatten",
+    "importance": "ptqc.channel_importance",
     "inventory": "ptqc.sites",
     "load": "ptqc.folders.checkpoint",
     "plan": "ptqc.plan",

@@ -5,9 +5,10 @@ of a float model first, inside the backend, once per parameter, whatever the num
 of the graph goes to Inductor.
 
 Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float
-weights (the model then only runs compiled); `inductor`: settings for Inductor; anything else is an option of the
-method.
+weights (the model then only runs compiled); `exact`: kernels must not quantize activations on their own account;
+`inductor`: settings for Inductor; anything else is an option of the method.
 Changing a parameter after compilation is not seen, as with Inductor's freezing.
+`kernel_table(model)` says which kernel serves which weight, and why; PTQC_LOGS=kernels prints it while compiling.
 """
 
 import logging
@@ -20,22 +21,23 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 
-from ptqc.codegen.build import kernel_for
+from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
-from ptqc.passes.lower.lower_linears import LowerLinears
-from ptqc.passes.lower.quantize_weights import QuantizeWeights
-from ptqc.passes.lower.unlift import Unlifted, unlift
-from ptqc.pipeline import Context, Pipeline
+from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
+from ptqc.passes.lower.order import lowering
+from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
+from ptqc.pipeline import Context
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
 
-__all__ = ["kept_weights", "ptqc", "stored_weights"]
+__all__ = ["chosen_kernels", "kept_weights", "kernel_table", "ptqc", "stored_weights"]
 
 log = logging.getLogger("ptqc")
+log_as_asked()
 
 _RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
-_OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "inductor")
+_OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "exact", "inductor")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class _Options:
 
     selection: Selection | None = None
     free: bool = False
+    exact: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -51,7 +54,8 @@ class _Options:
         """Check what the user passed. Raises: PtqcError naming the options there are."""
         given = dict(options or {})
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
-        common = {"free": bool(given.get("free", False)), "inductor": given.get("inductor", {})}
+        switches = {name: bool(given.get(name, False)) for name in ("free", "exact")}
+        common = switches | {"inductor": given.get("inductor", {})}
         if "recipe" in given:
             recipe = load_recipe(given["recipe"])
         elif "method" in given:
@@ -93,13 +97,15 @@ def ptqc(
     _warn_of_break(gm, parsed)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
-    context = Context(kernel_for)
+    context = Context(kernel_for, target_for, refusals_of, parsed.exact)
     store = parsed.selection.store if parsed.selection else None
-    Pipeline([QuantizeWeights(graph.parameters, names, store), LowerLinears(names)]).run(graph.module, context)
+    lowering(graph.parameters, names, store).run(graph.module, context)
+    note_kernels(context.chosen)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:
         _free(graph, context)
+    tell_static_inputs(graph.module)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
     compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
     return _Compiled(gm, graph, compiled, options, mode)

@@ -61,6 +61,7 @@ def _statistics(rows: Tensor) -> dict[str, Tensor]:
         "absmax": rows.abs().amax(0),
         "mean_abs": rows.abs().mean(0),
         "mean": rows.mean(0),
+        "mean_square": rows.square().mean(0),
         "percentile": rows.abs().quantile(0.999, dim=0),
         "rows": rows,
         "count": torch.tensor(float(len(rows))),

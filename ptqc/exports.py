@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ptqc.channel_importance import importance
 from ptqc.codegen.dialect import DIALECTS
 from ptqc.codegen.exporters import EXPORTERS, ExportReport
 from ptqc.codegen.exporters import export as export_file
-from ptqc.errors import ExportError, UnknownNameError
+from ptqc.errors import ExportError, UnknownNameError, first_line
 from ptqc.folders.checkpoint import load
 from ptqc.folders.exporting import export_folder
 from ptqc.folders.folder import open_folder
@@ -46,6 +47,10 @@ def export(
     quant: str | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    calibration: Any = None,
+    samples: int = 128,
+    window: int = 512,
+    seed: int = 0,
     **options: Any,
 ) -> ExportReport:
     """Write a model for other programs to run.
@@ -53,11 +58,12 @@ def export(
     model: a module, or a model folder; a folder is read one tensor at a time where the format is a folder too.
     format: a name that `formats()` lists. quant: how the format should store the weights: a type of a gguf file; for
     folders "nearest" or a spec, see `ptqc.folders.exporting.export_folder`. tokenizer: a tokenizer, or its folder,
-    where the format holds one. options: of the format; folders also take overwrite, max_shard_bytes, is_fused and
-    on_progress.
+    where the format holds one. calibration: data from which a format that searches scales (gguf) learns which input
+    channels matter (`ptqc.importance`); samples, window, seed: of it. options: of the format; folders
+    also take overwrite, max_shard_bytes, is_fused and on_progress.
     The model is not changed. Nothing is left behind if anything fails.
 
-    Example: `ptqc.export(model, "gptq", "model-gptq")`, `ptqc.export(model, "gguf", "model.gguf", quant="Q4_0")`.
+    Example: `ptqc.export(model, "gptq", "model-gptq")`, `ptqc.export(model, "gguf", "model.gguf", quant="Q4_K_M")`.
 
     Raises: ExportError if the format cannot hold the model, or a file cannot be written; CheckpointError for a folder
     that cannot be read or written; UnknownNameError.
@@ -66,7 +72,15 @@ def export(
         if not isinstance(model, nn.Module):
             tokenizer = tokenizer if tokenizer is not None else str(model)
             model = load(model, trust_remote_code=trust_remote_code).eval()
+        if calibration is not None:
+            if options.get("importance") is not None:
+                raise ExportError("give calibration data or importance, not both")
+            options["importance"] = importance(
+                model, calibration, _loaded(tokenizer), samples=samples, window=window, seed=seed
+            )
         return export_file(model, format, path, quant=quant, tokenizer=tokenizer, **options)
+    if calibration is not None:
+        raise ExportError(f"{format} stores weights as they are and reads no calibration data; quantize with it first")
     name = format.replace("-", "_")
     known = [field.name for field in fields(DIALECTS.get(name)) if field.name not in _OF_READERS]  # type: ignore[arg-type]
     unknown = sorted(options.keys() - {*known, *_FOLDER_OPTIONS})
@@ -78,8 +92,17 @@ def export(
         origin = of_model(getattr(model, "_orig_mod", model))  # torch.compile wraps the module
     else:
         origin = of_folder(open_folder(model), trust_remote_code)
-    if isinstance(tokenizer, (str, os.PathLike)):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+    tokenizer = _loaded(tokenizer, trust_remote_code)
     return export_folder(origin, name, Path(path), quant=quant, tokenizer=tokenizer, **options)
+
+
+def _loaded(tokenizer: Any, trust_remote_code: bool = False) -> Any:
+    """A tokenizer where its folder was given."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    from transformers import AutoTokenizer  # here: most exports need none
+
+    try:
+        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f'no tokenizer could be read from "{tokenizer}": {first_line(error)}') from error

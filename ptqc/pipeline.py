@@ -20,7 +20,7 @@ from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import Kernel, KernelRequest
 
-__all__ = ["Context", "Pass", "Pipeline", "dump"]
+__all__ = ["ChosenKernel", "Context", "Pass", "Pipeline", "Site", "dump"]
 
 log = logging.getLogger("ptqc")
 _dump_number = count()
@@ -30,19 +30,61 @@ def _no_kernel(request: KernelRequest) -> Kernel:
     raise PtqcError(f"this graph is not lowered, and has no kernel for {request}")
 
 
+def _no_target(request: KernelRequest) -> str | None:
+    return None
+
+
+def _no_refusals(request: KernelRequest) -> Sequence[tuple[str, str]]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product with stored weights in a graph, until a kernel stands in its place.
+
+    names, weights: qualified name and stored form of each weight; the results of several lie side by side. left: steps
+    that were not fused, with the reason.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[QuantTensor, ...]
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ChosenKernel:
+    """What became of a site: its request, its kernel, and what was not fused, with the reason."""
+
+    names: tuple[str, ...]
+    request: KernelRequest
+    kernel: Kernel
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        asked = "; ".join(f"{target}: {reason}" for target, reason in self.kernel.refusals)
+        left = f"; not fused: {', '.join(self.left)}" if self.left else ""
+        why = f" ({asked})" if asked else ""
+        return f"{' + '.join(self.names)}: {self.request} -> {self.kernel.target}{why}{left}"
+
+
 @dataclass
 class Context:
     """What passes of one pipeline share.
 
-    kernel: finds the kernel for a request, where the graph is lowered. quantized: the stored weight behind each
-    get_attr node. kept: the get_attr nodes of weights left in float, and why. chosen: per lowered site its name and
-    kernel, with the reasons of the targets that refused.
+    kernel: finds the kernel for a request, where the graph is lowered. target: the name of the target that would make
+    it; refusals: the targets asked before, and why they refuse. exact: kernels must not quantize activations on their
+    own account. quantized: the stored weight behind each get_attr node. kept: the get_attr nodes of weights left in
+    float, and why. sites: the products that wait for a kernel. chosen: every site with its kernel, in graph order.
     """
 
     kernel: Callable[[KernelRequest], Kernel] = _no_kernel
+    target: Callable[[KernelRequest], str | None] = _no_target
+    refusals: Callable[[KernelRequest], Sequence[tuple[str, str]]] = _no_refusals
+    exact: bool = False
     quantized: dict[fx.Node, QuantTensor] = field(default_factory=dict)
     kept: dict[fx.Node, str] = field(default_factory=dict)
-    chosen: list[tuple[str, Kernel]] = field(default_factory=list)
+    sites: dict[fx.Node, Site] = field(default_factory=dict)
+    chosen: list[tuple[Site, ChosenKernel]] = field(default_factory=list)
 
 
 class Pass(ABC):
@@ -67,8 +109,8 @@ class Pipeline:
         for step in self.passes:
             counts[step.name] = step.run(module, context)
             module.graph.lint()
-            module.recompile()
             dump(module, step.name)
+        module.recompile()
         log.info("passes: %s", ", ".join(f"{name} {changed}" for name, changed in counts.items()))
         return counts
 

@@ -29,7 +29,7 @@ class KernelRequest:
 
     n, k: out_features and in_features of the stored matrix. dtype: of the activation and the result. prologue,
     epilogue: names of `ptqc.fusions`, in the order in which they happen. needs_grad: whether a derivative towards the
-    activation is wanted.
+    activation is wanted. exact: the kernel must not quantize activations on its own account.
     """
 
     spec: WeightSpec
@@ -41,15 +41,28 @@ class KernelRequest:
     prologue: tuple[str, ...] = ()
     epilogue: tuple[str, ...] = ()
     needs_grad: bool = False
+    exact: bool = False
 
     @property
     def width(self) -> int:
         """Features of the result: n, or n / 2 behind a gate."""
         return self.n // 2 if any(map(narrows, self.epilogue)) else self.n
 
+    def __str__(self) -> str:
+        """Spec, shape, dtype and the chain: int4g32 [96, 64] bfloat16 cpu: rms_norm:1e-06 > product > bias > silu."""
+        act = () if self.act.dtype is None else (str(self.act),)
+        chain = " > ".join((*self.prologue, *act, "product", *self.epilogue))
+        flags = [name for name in ("needs_grad", "exact") if getattr(self, name)]
+        where = " ".join([str(self.dtype).removeprefix("torch."), self.device, *flags])
+        return f"{self.spec} [{self.n}, {self.k}] {where}: {chain}"
+
     @property
     def operands(self) -> tuple[str, ...]:
-        """What each operand of the kernel belongs to, in order: the prologue, a static input scale, the epilogue."""
+        """What each operand of the kernel belongs to, in order: the prologue, a static input scale, the epilogue.
+
+        Matrices and biases have the dtype of the request; gains and scales may be float32; orders are int32, static
+        input scales [] float32.
+        """
         before = [f"prologue {name}" for name in self.prologue if takes_operand(name)]
         scale = ["act_scale"] if self.act.is_static else []
         return (*before, *scale, *(f"epilogue {name}" for name in self.epilogue if takes_operand(name)))

@@ -4,6 +4,7 @@
     absmax      [*lead, in]      largest |x|
     mean_abs    [*lead, in]      mean |x|
     mean        [*lead, in]      mean x
+    mean_square [*lead, in]      mean x^2, the diagonal of the hessian without the rest of it
     percentile  [*lead, in]      99.9th percentile of |x|, from the reservoir
     rows        [*lead, n, in]   a seeded sample of at most 512 rows
     count       [*lead]          rows seen
@@ -28,7 +29,7 @@ from ptqc.reservoir import Reservoir, priorities, row_numbers
 
 __all__ = ["STATISTICS", "Statistics"]
 
-STATISTICS = frozenset({"hessian", "absmax", "mean_abs", "mean", "percentile", "rows", "count"})
+STATISTICS = frozenset({"hessian", "absmax", "mean_abs", "mean", "mean_square", "percentile", "rows", "count"})
 """Every name that a method or transform may ask for."""
 
 _BLOCK = 2048
@@ -69,6 +70,7 @@ class Statistics:
         self.absmax = torch.zeros(shape, device=self.device)
         self.sum_abs = self._zeros("mean_abs", shape, torch.float64)
         self.sum = self._zeros("mean", shape, torch.float64)
+        self.sum_square = self._zeros("mean_square", shape, torch.float64)
         self.product = self._zeros("hessian", (*shape, features), torch.float32)
         self.reservoirs = self._reservoirs(number)
         self._batch, self._first = 0, 0
@@ -129,6 +131,8 @@ class Statistics:
             self.sum_abs[expert] += size.sum(0)
         if self.sum is not None:
             self.sum[expert] += block.sum(0)
+        if self.sum_square is not None:
+            self.sum_square[expert] += block.square().sum(0)
         if self.product is not None:
             _add_product(self.product[expert], block)
         if self.reservoirs:
@@ -147,6 +151,7 @@ class Statistics:
         for sums, others in (
             (self.sum_abs, other.sum_abs),
             (self.sum, other.sum),
+            (self.sum_square, other.sum_square),
             (self.product, other.product),
         ):
             if sums is not None and others is not None:
@@ -164,6 +169,7 @@ class Statistics:
         kept.count, kept.absmax = self.count, self.absmax
         kept.sum_abs = self.sum_abs if "mean_abs" in wanted else None
         kept.sum = self.sum if "mean" in wanted else None
+        kept.sum_square = self.sum_square if "mean_square" in wanted else None
         kept.product = self.product if "hessian" in wanted else None
         kept.reservoirs = self.reservoirs if kept.wanted & {"rows", "percentile"} else []
         return kept
@@ -185,6 +191,8 @@ class Statistics:
             found["mean_abs"] = (self.sum_abs / rows[:, None]).float()
         if self.sum is not None:
             found["mean"] = (self.sum / rows[:, None]).float()
+        if self.sum_square is not None:
+            found["mean_square"] = (self.sum_square / rows[:, None]).float()
         if self.product is not None:
             found["hessian"] = _mirrored(self.product / rows[:, None, None])
         if "rows" in self.wanted:

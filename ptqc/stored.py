@@ -21,7 +21,16 @@ from ptqc.select import matches
 from ptqc.sites import output_head
 from ptqc.weights import WeightUse
 
-__all__ = ["Selection", "call_alike", "kept_weights", "learn_model", "name_of", "note_kept", "stored_weights"]
+__all__ = [
+    "Selection",
+    "call_alike",
+    "kept_weights",
+    "learn_model",
+    "name_of",
+    "note_kept",
+    "stored_forms",
+    "stored_weights",
+]
 
 log = logging.getLogger("ptqc")
 
@@ -45,6 +54,11 @@ def stored_weights(model: nn.Module) -> dict[str, QuantTensor]:
         if made:
             found[name] = made[0]
     return found
+
+
+def stored_forms(parameter: nn.Parameter) -> list[QuantTensor]:
+    """Every form in which the backend has stored a float parameter, one for each rule."""
+    return list(_stored.get(parameter, {}).values())
 
 
 def kept_weights(model: nn.Module) -> dict[str, str]:

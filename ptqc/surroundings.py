@@ -280,6 +280,7 @@ def stored_matrix(weight: Tensor, surroundings: Surroundings, extras: Mapping[st
 _BY_CHANNEL: dict[str, Callable[[Tensor], Tensor]] = {
     "absmax": lambda rows: rows.abs().amax(-2),
     "mean_abs": lambda rows: rows.abs().mean(-2),
+    "mean_square": lambda rows: rows.square().mean(-2),
     "percentile": lambda rows: rows.abs().quantile(0.999, dim=-2),
 }
 """Statistics of single channels, which a rotation mixes: how they follow from a sample of rows."""
@@ -305,7 +306,9 @@ def stored_statistics(
         moved["hessian"] = apply(steps, apply(steps, moved["hessian"]).mT.contiguous()).mT.contiguous()
     for name in moved.keys() & _BY_CHANNEL.keys():
         if surroundings.input_rotation is None:
-            moved[name] = _vectors(steps, moved[name]).abs()
+            vectors = moved[name].sqrt() if name == "mean_square" else moved[name]
+            vectors = _vectors(steps, vectors).abs()
+            moved[name] = vectors.square() if name == "mean_square" else vectors
         elif "rows" in moved:
             moved[name] = _BY_CHANNEL[name](moved["rows"])
         else:

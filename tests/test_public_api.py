@@ -9,6 +9,7 @@ import ptqc
 
 PUBLIC = [
     "ActSpec", "PtqcConfig", "PtqcError", "QuantTensor", "WeightSpec", "auto", "export", "flatten_state_dict",
+    "importance",
     "inventory", "load", "plan", "quantize", "report_of", "save", "unflatten_state_dict",
 ]  # fmt: skip
 

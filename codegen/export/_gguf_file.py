@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, Keys
+from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_architectures import Metadata, Placement
 from ptqc.codegen.export._gguf_blocks import BlockType
@@ -23,10 +24,13 @@ log = logging.getLogger("ptqc")
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of the file and its type."""
+    """A tensor of the file and its type. importance: [in], of its columns. wanted: the type it would have if blocks
+    divided its rows."""
 
     at: Placement
     kind: BlockType
+    importance: NDArray[np.float32] | None = None
+    wanted: str | None = None
 
     @property
     def fate(self) -> Fate:
@@ -66,7 +70,7 @@ def write_file(
 
 def _write_tensor(writer: gguf.GGUFWriter, tensor: Planned) -> ExportedTensor:
     at, kind = tensor.at, tensor.kind.name
-    writer.write_tensor_data(encode_weight(at.arranged(), tensor.kind, at.name))
+    writer.write_tensor_data(encode_weight(at.arranged(), tensor.kind, at.name, tensor.importance))
     log.debug("%s -> %s: %s, %s, %d bytes", at.name, at.stored_name, kind, tensor.fate, tensor.nbytes)
     return ExportedTensor(at.name, at.stored_name, kind, tensor.fate, tensor.nbytes)
 

@@ -29,6 +29,9 @@ _SCALINGS: dict[str, RopeScalingType | None] = {
 }
 """Kinds of scaling, and the type that llama.cpp must be told."""
 
+_WIDE, _NARROW = "full_attention", "sliding_attention"
+"""Kinds of layers that may have parameters of their own."""
+
 _FIXED = {"partial_rotary_factor": 1.0, "truncate": True, "beta_fast": 32, "beta_slow": 1}
 """Parameters that llama.cpp does not read from the file (November 2026), and the values it takes."""
 
@@ -36,11 +39,13 @@ _FIXED = {"partial_rotary_factor": 1.0, "truncate": True, "beta_fast": 32, "beta
 def _parameters(config: Any) -> dict[str, Any]:
     """The rotary parameters; before transformers 5 the base stood beside the scaling."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    found = found.get(_WIDE, found)
     return {"rope_type": "default", "rope_theta": getattr(config, "rope_theta", 10000.0), **found}
 
 
-def rotary_fields(config: Any) -> list[_Row]:
-    """Metadata rows (key, type, value); a row without a value is to be left out.
+def rotary_fields(config: Any, rotates_partly: bool = False) -> list[_Row]:
+    """Metadata rows (key, type, value); a row without a value is to be left out. rotates_partly: whether llama.cpp
+    reads how much of a head is rotated.
 
     Raises: ExportError for a scaling, or a parameter of one, that has no counterpart.
     """
@@ -49,9 +54,14 @@ def rotary_fields(config: Any) -> list[_Row]:
     if kind not in _SCALINGS:
         raise ExportError(f"gguf has no counterpart of the rotary scaling {kind!r}; it has {', '.join(_SCALINGS)}")
     for name, value in _FIXED.items():
-        if parameters.get(name) not in (None, value):
+        if parameters.get(name) not in (None, value) and not (rotates_partly and name == "partial_rotary_factor"):
             raise ExportError(f"llama.cpp rotates with {name}={value}, this model has {parameters[name]}")
     rows: list[_Row] = [(Keys.Rope.FREQ_BASE, FLOAT, parameters["rope_theta"])]
+    narrow = (getattr(config, "rope_parameters", None) or {}).get(_NARROW)
+    if narrow is not None:
+        if narrow.get("rope_type", "default") != "default":
+            raise ExportError(f"llama.cpp does not scale frequencies of sliding layers, this model has {narrow}")
+        rows.append((Keys.Rope.FREQ_BASE_SWA, FLOAT, narrow["rope_theta"]))
     scaling = _SCALINGS[kind]
     if scaling is not None:
         rows.append((Keys.Rope.SCALING_TYPE, STRING, scaling.value))

@@ -3,57 +3,38 @@
 Which type a tensor gets, first match wins:
 
 1. a vector: F32,
-2. a stored weight that the requested type holds exactly: that type, carried over,
-3. the output head (or the embedding where it is tied to it), if the mix says so: in Q4_0 files Q8_0, where llama.cpp
-   takes Q6_K, because the logits suffer most from its error,
-4. a row that no block divides: F16,
-5. the requested type.
+2. a stored weight that the type of the mix holds with its codes: that type, carried over,
+3. what the mix says of its role and layer (`_gguf_mixes`), or a type with smaller blocks where none divides its rows.
 
 Without a request (`quant=None`) every weight gets the smallest type that holds it as it is.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gguf
+import numpy as np
 from gguf import MODEL_TENSOR, GGUFValueType, Keys, LlamaFileType
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptqc.codegen.export._gguf_architectures import Metadata, Placement, architecture_of, metadata, placements
 from ptqc.codegen.export._gguf_blocks import TYPES
-from ptqc.codegen.export._gguf_encode import exact_type, fate_of
+from ptqc.codegen.export._gguf_carry import carried
+from ptqc.codegen.export._gguf_encode import exact_type
 from ptqc.codegen.export._gguf_file import Planned, write_file
+from ptqc.codegen.export._gguf_imatrix import importance_by_tensor
+from ptqc.codegen.export._gguf_mixes import ALIASES, MIXES, Facts, Place, fitting_type, type_in_mix
 from ptqc.codegen.export._gguf_tokenizer import read_vocabulary
 from ptqc.codegen.exporters import EXPORTERS, Written
 from ptqc.errors import ExportError
 from ptqc.qtensor import QuantTensor
 
-__all__ = ["GGUF", "MIXES", "Mix"]
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Types of the tensors of a file. base: of matrices. output: of the output head. file_type: the name of the mix."""
-
-    base: str
-    output: str
-    file_type: LlamaFileType
-
-
-MIXES: dict[str, Mix] = {
-    "F32": Mix("F32", "F32", LlamaFileType.ALL_F32),
-    "F16": Mix("F16", "F16", LlamaFileType.MOSTLY_F16),
-    "BF16": Mix("BF16", "BF16", LlamaFileType.MOSTLY_BF16),
-    "Q8_0": Mix("Q8_0", "Q8_0", LlamaFileType.MOSTLY_Q8_0),
-    "Q4_0": Mix("Q4_0", "Q8_0", LlamaFileType.MOSTLY_Q4_0),
-}
-"""What `quant` may be."""
-
-_WITHOUT_BLOCKS = "F16"
-"""Type of a row that no block divides."""
+__all__ = ["GGUF"]
 
 
 @EXPORTERS.register("gguf")
@@ -61,19 +42,24 @@ _WITHOUT_BLOCKS = "F16"
 class GGUF:
     """Writes GGUF.
 
-    quant: a name in MIXES, or None to keep every weight as it is. pre: llama.cpp's name for how the tokenizer splits
-    text, where it cannot be told. name: of the model, in the metadata.
+    quant: a name in MIXES, or None to keep every weight as it is. pure: one type for all matrices, whatever the mix
+    says. importance: what an error in each input channel of a weight counts, [in] by its name (the mean square of its
+    inputs, as `ptqc.importance` gives it), or an imatrix file of llama.cpp; weights without one count all alike.
+    pre: llama.cpp's name for how the tokenizer splits text, where it cannot be told. name: of the model, in the
+    metadata.
     """
 
     quant: str | None = None
+    pure: bool = False
+    importance: Mapping[str, Tensor] | str | PathLike[str] | None = None
     pre: str | None = None
     name: str | None = None
 
     suffix: ClassVar[str] = ".gguf"
 
     def __post_init__(self) -> None:
-        if self.quant is not None and self.quant not in MIXES:
-            raise ExportError(f"gguf writes no {self.quant!r} yet; quant may be {', '.join(MIXES)}")
+        if self.quant is not None and ALIASES.get(self.quant, self.quant) not in MIXES:
+            raise ExportError(f"gguf writes no {self.quant!r}; quant may be {', '.join(MIXES)}")
 
     def refuses(self, name: str, weight: Tensor) -> str | None:
         """Anything but float vectors and matrices."""
@@ -90,42 +76,51 @@ class GGUF:
         if embedding is None:
             raise ExportError(f"{type(model).__name__} has no token embedding, so gguf cannot hold it")
         vocabulary = read_vocabulary(_tokenizer_of(config, tokenizer), embedding.shape[0], self.pre, config)
-        tensors = [Planned(at, TYPES[self._type_of(at, placed)]) for at in placed]
+        counts, unmatched = importance_by_tensor(self.importance, placed)
+        facts = _facts(config, placed, bool(counts))
+        tensors = [self._planned(at, facts, counts.get(at.stored_name)) for at in placed]
         keys = [
             Metadata(Keys.General.NAME, GGUFValueType.STRING, self.name or _name_of(config)),
             Metadata(Keys.General.FILE_TYPE, GGUFValueType.UINT32, int(self._file_type(tensors))),
             Metadata(Keys.General.QUANTIZATION_VERSION, GGUFValueType.UINT32, gguf.GGML_QUANT_VERSION),
             *metadata(architecture, config),
         ]
-        notes = vocabulary.notes + _notes(tensors)
+        notes = vocabulary.notes + _notes(tensors) + unmatched
         return lambda path: Written(write_file(path, architecture.name, keys, vocabulary, tensors), notes)
 
-    def _type_of(self, at: Placement, placed: Sequence[Placement]) -> str:
-        """The rules of this file."""
+    def _planned(self, at: Placement, facts: Facts, importance: NDArray[np.float32] | None) -> Planned:
+        """By the rules of this file."""
         if at.weight.ndim < 2:
-            return "F32"
+            return Planned(at, TYPES["F32"])
         if self.quant is None:
-            return exact_type(at.weight)
-        mix = MIXES[self.quant]
-        if TYPES[mix.base].grid is not None and fate_of(at.weight, TYPES[mix.base]) == "lossless":
-            return mix.base
-        kind = mix.output if _is_output(at, placed) else mix.base
-        return kind if at.weight.shape[-1] % TYPES[kind].weights == 0 else _WITHOUT_BLOCKS
+            return Planned(at, TYPES[exact_type(at.weight)], importance)
+        mix, columns = MIXES[ALIASES.get(self.quant, self.quant)], at.weight.shape[-1]
+        base = TYPES[fitting_type(mix.base, columns)]
+        if carried(at.weight, base) is not None:
+            return Planned(at, base)
+        wanted = type_in_mix(mix, Place(at.role, at.layer), facts, self.pure)
+        return Planned(at, TYPES[fitting_type(wanted, columns)], importance, wanted)
 
     def _file_type(self, tensors: Sequence[Planned]) -> LlamaFileType:
         if self.quant is not None:
-            return MIXES[self.quant].file_type
+            return MIXES[ALIASES.get(self.quant, self.quant)].file_type
         sizes: Counter[str] = Counter()
         for tensor in tensors:
             sizes[tensor.kind.name] += tensor.at.weight.numel()
-        return MIXES[sizes.most_common(1)[0][0]].file_type
+        commonest = sizes.most_common(1)[0][0]
+        return next(mix.file_type for mix in MIXES.values() if mix.base == commonest)
 
 
-def _is_output(at: Placement, placed: Sequence[Placement]) -> bool:
-    """Whether a tensor makes the logits: the output head, or the embedding where there is none."""
-    if at.role == MODEL_TENSOR.OUTPUT:
-        return True
-    return at.role == MODEL_TENSOR.TOKEN_EMBD and all(other.role != MODEL_TENSOR.OUTPUT for other in placed)
+def _facts(config: Any, placed: Sequence[Placement], has_importance: bool) -> Facts:
+    heads = getattr(config, "num_attention_heads", None) or 1
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    return Facts(
+        layers=config.num_hidden_layers,
+        queries_per_key=heads // (getattr(config, "num_key_value_heads", None) or heads),
+        experts=experts,
+        is_tied=all(at.role != MODEL_TENSOR.OUTPUT for at in placed),
+        has_importance=has_importance,
+    )
 
 
 def _tokenizer_of(config: Any, tokenizer: Any) -> Any:
@@ -142,15 +137,18 @@ def _name_of(config: Any) -> str:
 def _notes(tensors: Sequence[Planned]) -> tuple[str, ...]:
     """What happened to weights that the reader of the report may not expect."""
     notes = []
-    anew = Counter(
-        (str(tensor.at.weight.spec), tensor.kind.name)
-        for tensor in tensors
-        if isinstance(tensor.at.weight, QuantTensor) and tensor.fate == "requantized"
-    )
-    for (spec, kind), count in anew.items():
-        notes.append(f"{count} weights stored as {spec}, a grid that {kind} lacks: decoded and encoded again")
-    odd = [at for at, kind in ((t.at, t.kind) for t in tensors) if at.weight.ndim == 2 and kind.name == _WITHOUT_BLOCKS]
-    undivided = [at.name for at in odd if at.weight.shape[1] % 32]
-    if undivided:
-        notes.append(f"{len(undivided)} weights as {_WITHOUT_BLOCKS}, no block divides their rows: {undivided[0]} ...")
+    anew: Counter[tuple[str, str, bool]] = Counter()
+    for tensor in tensors:
+        weight = tensor.at.weight
+        if isinstance(weight, QuantTensor) and tensor.fate == "requantized":
+            anew[str(weight.spec), tensor.kind.name, carried(weight, tensor.kind) is not None] += 1
+    for (spec, kind, is_kept), count in anew.items():
+        kept, lost = "codes kept, minima rounded to float16", "a grid it lacks: decoded and encoded again"
+        notes.append(f"{count} weights stored as {spec} into {kind}, {kept if is_kept else lost}")
+    undivided: dict[tuple[str, str], list[str]] = {}
+    for tensor in tensors:
+        if tensor.wanted not in (None, tensor.kind.name):
+            undivided.setdefault((tensor.kind.name, tensor.wanted or ""), []).append(tensor.at.name)
+    for (kind, wanted), names in undivided.items():
+        notes.append(f"{len(names)} weights as {kind}, no block of {wanted} divides their rows: {names[0]} ...")
     return tuple(notes)

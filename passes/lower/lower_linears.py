@@ -1,23 +1,28 @@
-"""Pass lower-linears: replace products with stored weights by kernels.
+"""Pass lower-linears: replace products with stored weights by sites (`ptqc.passes.lower.site`).
 
-1. linear(x, W, b), W stored [out, in]           -> kernel(x, parts, b)
-2. addmm(b, x, W) and matmul(x, W), W [in, out]  -> kernel(x, parts, b)    (Conv1D)
-3. matmul(x, t(W)), W stored [out, in]           -> kernel(x, parts, None)
+1. linear(x, W, b), W stored [out, in]           -> product(x, parts, b)
+2. addmm(b, x, W) and matmul(x, W), W [in, out]  -> product(x, parts, b)    (Conv1D)
+3. matmul(x, t(W)), W stored [out, in]           -> product(x, parts)
 4. bmm(x, transpose(W)) of an expert stack       -> ptqc::bmm(x, parts)
 5. any other use of W                            -> ptqc::dequantize(parts), once, before its first such use
-What is done around a stored matrix (`ptqc.surroundings`) becomes nodes around the kernel, and around the dequantized
-matrix in rule 5. The pass fires for every weight in `context.quantized` and for nothing else.
+6. What is done around a stored matrix (`ptqc.surroundings`) becomes nodes around the product, and around the
+   dequantized matrix in rule 5. Products that do the same to the same input share these nodes, unless something writes
+   that input in place.
+The pass fires for every weight in `context.quantized` and for nothing else.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from ptqc import ops
-from ptqc.pipeline import Context, Pass
+from ptqc.passes.lower.in_place import written
+from ptqc.passes.lower.site import product_node
+from ptqc.pipeline import Context, Pass, Site
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import KernelRequest
 from ptqc.surroundings import Step, steps_after, steps_before, steps_undoing
@@ -39,14 +44,70 @@ class LowerLinears(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Rewrite every use. Returns how many uses were rewritten."""
+        surroundings = _Surroundings(module, written(module.graph))
         uses = sum(
-            _Weight(module, context, node, self.names[node], stored).lower()
+            _Weight(module, context, surroundings, node, self.names[node], stored).lower()
             for node, stored in context.quantized.items()
         )
         for node in context.quantized:
             module.graph.erase_node(node)
             delattr(module, str(node.target))
+        context.sites = {node: context.sites[node] for node in sorted(context.sites)}
         return uses
+
+
+@dataclass
+class _Surroundings:
+    """Steps around products, written into the graph once for every value that they are done to."""
+
+    module: fx.GraphModule
+    written: frozenset[fx.Node]
+    made: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+    tensors: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def before(self, steps: Sequence[Step], x: fx.Node, product: fx.Node) -> fx.Node:
+        """The input of a product behind the steps, right behind x, where every product can reach it."""
+        if x in self.written:
+            with self.module.graph.inserting_before(product):
+                return self.steps(steps, x)
+        for step in steps:
+            arguments = [self._name(given) if isinstance(given, Tensor) else given for given in step.arguments]
+            key = (x, step.function, *arguments)
+            if key not in self.made:
+                with self.module.graph.inserting_before(_behind(x)):
+                    self.made[key] = self.steps([step], x)
+            x = self.made[key]
+        return x
+
+    def steps(self, steps: Sequence[Step], value: fx.Node) -> fx.Node:
+        """Write steps into the graph where it is being written."""
+        for step in steps:
+            arguments = [
+                self.module.graph.get_attr(self._name(given)) if isinstance(given, Tensor) else given
+                for given in step.arguments
+            ]
+            seen = value.meta.get("example_value")
+            value = self.module.graph.call_function(step.function, (value, *arguments))
+            value.meta["example_value"] = seen
+        return value
+
+    def _name(self, tensor: Tensor) -> str:
+        """The attribute that holds a tensor with these values."""
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(values.numpy().tobytes()).digest()
+        key = (tensor.shape, tensor.dtype, tensor.device, digest)
+        if key not in self.tensors:
+            self.tensors[key] = f"around_{len(self.tensors)}"
+            self.module.register_buffer(self.tensors[key], tensor)
+        return self.tensors[key]
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The first node before which everything may read `node`; inputs stay together at the top."""
+    behind = node.next
+    while node.op == "placeholder" and behind.op in ("placeholder", "get_attr"):
+        behind = behind.next
+    return behind
 
 
 @dataclass
@@ -55,6 +116,7 @@ class _Weight:
 
     module: fx.GraphModule
     context: Context
+    surroundings: _Surroundings
     node: fx.Node
     name: str
     stored: QuantTensor
@@ -70,7 +132,7 @@ class _Weight:
     def _lower_use(self, user: fx.Node) -> bool:
         call = _as_linear(user, self.node, self.stored.is_transposed)
         if call is not None and self.stored.ndim == 2 and _is_floating(call.x, self.stored.dtype):
-            self._call_kernel(user, call)
+            self._make_site(user, call)
             return True
         if function_name(user) not in _TRANSPOSES or not _swaps_last(user, self.node):
             return False
@@ -84,17 +146,17 @@ class _Weight:
         if call is None or not _is_floating(call.x, self.stored.dtype):
             return False
         if self.stored.ndim == 2:
-            self._call_kernel(product, call)
+            self._make_site(product, call)
             return True
         if self.stored.ndim == 3 and function_name(product) == "bmm":
+            x = self._before(call.x, product)
             with self.module.graph.inserting_before(product):
-                parts = self._parts(list(self.stored.parts.values()))
-                made = self._call(ops.bmm, (self._before(call.x), parts, str(self.stored.spec)))
+                made = self._call(ops.bmm, (x, self._parts(), str(self.stored.spec)))
                 self._replace(product, self._after(made, None))
             return True
         return False
 
-    def _call_kernel(self, user: fx.Node, call: "_Linear") -> None:
+    def _make_site(self, user: fx.Node, call: "_Linear") -> None:
         shape = self.stored.stored_shape
         is_rotated = self.stored.surroundings.output_rotation is not None
         bias = None if is_rotated else call.bias
@@ -105,15 +167,15 @@ class _Weight:
             self.stored.dtype,
             self.stored.device.type,
             epilogue=() if bias is None else ("bias",),
-            needs_grad=_needs_grad(),
+            needs_grad=torch.is_grad_enabled() and any(map(_takes_part, (call.x, bias))),
+            exact=self.context.exact,
         )
-        kernel = self.context.kernel(request)
-        self.context.chosen.append((self.name, kernel))
-        parts = list(self.stored.parts.values())
+        x = self._before(call.x, user)
         with self.module.graph.inserting_before(user):
-            nodes = self._parts(kernel.prepare(parts), kernel.target)
             operands = [] if bias is None else [bias]
-            made = self._call(kernel.call, kernel.arguments(self._before(call.x), nodes, operands))
+            made = product_node(self.module.graph, request, x, [self._parts()], operands, request.spec)
+            made.meta = dict(user.meta)
+            self.context.sites[made] = Site((self.name,), (self.stored,))
             self._replace(user, self._after(made, call.bias if is_rotated else None))
 
     def _call(self, function: Any, arguments: tuple[Any, ...]) -> fx.Node:
@@ -124,32 +186,20 @@ class _Weight:
         old.replace_all_uses_with(new)
         self.module.graph.erase_node(old)
 
-    def _before(self, x: fx.Node) -> fx.Node:
+    def _before(self, x: fx.Node, product: fx.Node) -> fx.Node:
         steps = steps_before(self.stored.surroundings, self.stored.extras, self.stored.dtype)
-        return self._steps(steps, x, "before")
+        return self.surroundings.before(steps, x, product)
 
     def _after(self, product: fx.Node, bias: fx.Node | None) -> fx.Node:
-        product = self._steps(steps_after(self.stored.surroundings, self.stored.extras), product, "after")
+        product = self.surroundings.steps(steps_after(self.stored.surroundings, self.stored.extras), product)
         return product if bias is None else self._call(torch.add, (product, bias))
 
-    def _steps(self, steps: Sequence[Step], value: fx.Node, place: str) -> fx.Node:
-        """Write steps into the graph; their tensors are registered under `place`."""
-        for index, step in enumerate(steps):
-            arguments = [
-                self._parts([given], f"{place}{index}")[0] if isinstance(given, Tensor) else given
-                for given in step.arguments
-            ]
-            value = self._call(step.function, (value, *arguments))
-        return value
-
     def _dequantize(self, users: Sequence[fx.Node]) -> None:
-        order = {node: position for position, node in enumerate(self.module.graph.nodes)}
-        with self.module.graph.inserting_before(min(users, key=order.__getitem__)):
-            nodes = self._parts(list(self.stored.parts.values()))
+        with self.module.graph.inserting_before(min(users)):
             steps = steps_undoing(self.stored.surroundings, self.stored.extras)
             dtype = torch.float32 if steps else self.stored.dtype
-            plain = self._call(ops.dequantize, (nodes, str(self.stored.spec), list(self.stored.stored_shape), dtype))
-            plain = self._steps(steps, plain, "undoing")
+            arguments = (self._parts(), str(self.stored.spec), list(self.stored.stored_shape), dtype)
+            plain = self.surroundings.steps(steps, self._call(ops.dequantize, arguments))
             if dtype != self.stored.dtype:
                 plain = self._call(torch.ops.aten.to.dtype, (plain, self.stored.dtype))
             if self.stored.is_transposed:
@@ -158,11 +208,11 @@ class _Weight:
         for user in users:
             user.replace_input_with(self.node, plain)
 
-    def _parts(self, parts: Sequence[Tensor], target: str = "parts") -> list[fx.Node]:
-        """get_attr nodes for the parts, each registered once per weight and target."""
+    def _parts(self) -> list[fx.Node]:
+        """get_attr nodes for the parts, each registered once per weight."""
         nodes = []
-        for index, part in enumerate(parts):
-            attribute = f"{self.node.target}_{target}_{index}"
+        for index, part in enumerate(self.stored.parts.values()):
+            attribute = f"{self.node.target}_parts_{index}"
             if not hasattr(self.module, attribute):
                 self.module.register_buffer(attribute, part)
             nodes.append(self.module.graph.get_attr(attribute))
@@ -206,10 +256,12 @@ def _ndim(node: Any) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
+def _takes_part(node: fx.Node | None) -> bool:
+    """True if a derivative towards a value may be asked for."""
+    value = None if node is None else node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def _is_floating(x: fx.Node, dtype: torch.dtype) -> bool:
     value = x.meta.get("example_value")
     return isinstance(value, Tensor) and value.dtype == dtype
-
-
-def _needs_grad() -> bool:
-    return torch.is_grad_enabled()

@@ -27,7 +27,8 @@ def gathered(value: Any) -> list[Any]:
 
 def reduce_statistics(statistics: Statistics) -> None:
     """Give every process the sums of all, in place. Each has an accumulator of the same kind."""
-    for tensor in (statistics.count, statistics.sum_abs, statistics.sum, statistics.product):
+    sums = (statistics.sum_abs, statistics.sum, statistics.sum_square, statistics.product)
+    for tensor in (statistics.count, *sums):
         if tensor is not None:
             dist.all_reduce(tensor, dist.ReduceOp.SUM)
     dist.all_reduce(statistics.absmax, dist.ReduceOp.MAX)

@@ -18,6 +18,12 @@ Quant = Annotated[
     str | None,
     typer.Option(help="How the format stores the weights: a type of gguf (Q4_0); for folders a spec or nearest."),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text that says which input channels matter (gguf): docs, code, a file, a data set."),
+]
+Samples = Annotated[int, typer.Option(help="Windows of calibration text to use.", min=1)]
+Window = Annotated[int, typer.Option(help="Tokens of a window of calibration text.", min=1)]
 Out = Annotated[Path, typer.Option(help="The file, or for formats that are folders the folder, to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
@@ -27,6 +33,9 @@ def export(
     format: Format,
     out: Out,
     quant: Quant = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    window: Window = 512,
     option: Options = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -41,6 +50,8 @@ def export(
     if format not in formats():
         raise PtqcError(f"no format is called {format!r}; known: {', '.join(formats())}")
     options: dict[str, Any] = {"quant": quant, **read_options(option)}
+    if calibration is not None:
+        options |= {"calibration": calibration, "samples": samples, "window": window}
     if is_folder(format):
         refuse_target(out.resolve(), overwrite)
         with progress(f"writing {out}", "bytes") as advance:

@@ -20,6 +20,7 @@ from ptqc.folders.architecture import architecture_of, cannot_build
 from ptqc.folders.flatten import parts_of, untied
 from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
 from ptqc.folders.foreign import fill_foreign, load_foreign, open_foreign
+from ptqc.folders.gguf import is_gguf, load_gguf
 from ptqc.folders.manifest import METHOD, Manifest, manifest_of
 from ptqc.folders.shards import Append, Block, assign_shards, write_shards, written_bytes
 from ptqc.folders.skeleton import fill_skeleton
@@ -152,8 +153,8 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load what `save` wrote (or the hub repository "organisation/name"), or what other programs quantized in one of
-    the dialects of `ptqc.codegen.dialects` (gptq, awq, bitsandbytes, hqq, compressed-tensors).
+    """Load what `save` wrote (or the hub repository "organisation/name"), what other programs quantized in one of the
+    dialects of `ptqc.codegen.dialects` (gptq, awq, bitsandbytes, hqq, compressed-tensors), or a GGUF file.
 
     model: a skeleton to fill, needed for anything but a transformers model. dtype: what floating-point tensors become
     and quantized weights pretend to be; by default everything has the dtype it was saved with. Parts of quantized
@@ -161,6 +162,8 @@ def load(
 
     Raises: CheckpointError that names the file at fault and what would work.
     """
+    if is_gguf(Path(folder)):
+        return load_gguf(Path(folder), dtype).to(device)
     stored = open_folder(folder)
     foreign = open_foreign(stored)
     if foreign is not None:

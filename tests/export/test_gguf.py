@@ -70,7 +70,8 @@ def test_rows_that_no_block_divides_fall_back_to_f16_and_are_noted(tmp_path, ref
     found = types_of(tmp_path / "m.gguf")
     assert found["blk.0.ffn_down.weight"] == "F16"
     assert found["blk.0.ffn_up.weight"] == "Q8_0"
-    assert report.notes == ("2 weights as F16, no block divides their rows: model.layers.0.mlp.down_proj.weight ...",)
+    first = "model.layers.0.mlp.down_proj.weight"
+    assert report.notes == (f"2 weights as F16, no block of Q8_0 divides their rows: {first} ...",)
 
 
 def test_a_quantized_model_is_carried_over_bit_for_bit(tmp_path, reference_folder):
@@ -97,7 +98,10 @@ def test_another_grid_is_requantized_and_noted(tmp_path, reference_folder):
     model = quantized(small_model(), "nf4g32")
     report = export(model, "gguf", tmp_path / "m.gguf", quant="Q4_0", tokenizer=reference_folder)
     assert sum(tensor.fate == "requantized" for tensor in report.tensors) == 14
-    assert report.notes == ("14 weights stored as nf4g32, a grid that Q4_0 lacks: decoded and encoded again",)
+    assert report.notes == (
+        "14 weights stored as nf4g32 into Q4_0, a grid it lacks: decoded and encoded again",
+        "1 weights as Q8_0, no block of Q6_K divides their rows: lm_head.weight ...",
+    )
 
 
 def test_without_a_request_every_weight_stays_as_it_is(tmp_path, reference_folder):
@@ -170,7 +174,7 @@ def test_a_bad_weight_leaves_nothing_and_is_named(tmp_path, reference_folder):
 
 
 def test_what_cannot_be_written_is_said_before_writing(tmp_path, reference_folder):
-    with pytest.raises(ExportError, match=r"no 'Q9_0' yet; quant may be F32, F16, BF16, Q8_0, Q4_0"):
+    with pytest.raises(ExportError, match=r"no 'Q9_0'; quant may be F32, F16, BF16, Q8_0, Q4_0"):
         export(small_model(), "gguf", tmp_path / "m.gguf", quant="Q9_0", tokenizer=reference_folder)
     with pytest.raises(ExportError, match=r"holds its tokenizer: pass tokenizer="):
         export(small_model(), "gguf", tmp_path / "m.gguf", quant="Q8_0")

@@ -70,7 +70,7 @@ def test_the_fate_of_floats(dtype, name, fate):
     [
         (weight_of(), "F32"), (weight_of().half(), "F16"), (weight_of().bfloat16(), "BF16"),
         (stored(weight_of(), "int4g32"), "Q4_0"), (stored(weight_of(), "int8g64"), "Q8_0"),
-        (stored(weight_of(), "int5g32"), "Q8_0"), (stored(weight_of().half(), "nf4g64"), "F16"),
+        (stored(weight_of(), "int5g32"), "Q5_0"), (stored(weight_of().half(), "nf4g64"), "F16"),
     ],
 )  # fmt: skip
 def test_the_smallest_type_that_holds_a_weight_as_it_is(weight, name):

@@ -1,0 +1,244 @@
+"""Which form a spec takes in kernels on 16-bit words: its layout, the text that decodes it, its scales and zeros.
+
+`form_of` is what the text is made from; `pack_parts` brings stored parts into that form, once per weight. A minimum
+becomes a zero in units of codes: scale * code - minimum = scale * (code - minimum / scale). Scales and zeros of whole
+rows are float32. In groups they are float16, with one power of two for the whole weight taken out of the scales so
+that none leaves its range, and lie in pairs in 32-bit words, since nothing narrower is copied asynchronously:
+
+    for each block (or group, if that is longer)    s_0 s_1 .. z_0 z_1 ..    two to a word    [rows, words, outputs]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ptqc import storage
+from ptqc.codegen.gpu.decode import Subtracted, decode_integers
+from ptqc.codegen.gpu.lattices import decode_lattice, lattice_layout, lattice_tables, lattice_words
+from ptqc.codegen.gpu.levels import byte_planes, decode_floats, decode_table
+from ptqc.codegen.gpu.ptx import HALVES, Half
+from ptqc.codegen.gpu.words import WordLayout, pack_words, word_layout
+from ptqc.spec import WeightSpec
+
+__all__ = [
+    "OUTPUT_STEP",
+    "WeightForm",
+    "fields_per_scale",
+    "form_of",
+    "logical_parts",
+    "pack_parts",
+    "pack_scales",
+    "padded",
+]
+
+OUTPUT_STEP = 128
+"""Outputs are filled up to a multiple of this."""
+
+_FARTHEST_ZERO = 32768.0
+"""A zero farther from the codes than this (in steps) leaves nothing of them in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """layout of the words; fields_per_scale: fields of a block that share a scale, None for scales of whole rows.
+
+    stride: distance of neighbouring rows in the input (8 for codes of eight weights). functions and calls: the text
+    that decodes words w0 .. into levels f0 .. . pointers: of the prepared parts, in order.
+    """
+
+    spec: WeightSpec
+    half: Half | None
+    layout: WordLayout
+    fields_per_scale: int | None
+    subtracted: Subtracted
+    functions: str
+    calls: tuple[str, ...]
+    stride: int = 1
+    factor: float = 1.0
+    tables: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    """Lines before the loop."""
+    words_type: str = "*i16"
+
+    @property
+    def pointers(self) -> dict[str, str]:
+        """Names of the prepared parts in kernels, in order, and their types as Triton's compiler wants them."""
+        found = {"w_ptr": self.words_type}
+        if self.fields_per_scale is not None:
+            found |= {"s_ptr": "*i32", "norm_ptr": "*fp32"}
+        else:
+            found |= {"s_ptr": "*fp32"} | ({"z_ptr": "*fp32"} if self.subtracted.is_tile else {})
+        return found | {name: "*fp32" if name == "levels_ptr" else "*i32" for name in self.tables}
+
+    @property
+    def decoding(self) -> str:
+        """Which tiles suit it: a row of `tiles.TILES`."""
+        if self.words_type != "*i16":
+            return "eight bits and zeros" if self.subtracted.is_tile else "eight bits"
+        if self.half is None:
+            return "float32"
+        return "table" if "planes_ptr" in self.tables else "arithmetic"
+
+    @property
+    def scales_per_row(self) -> int:
+        """Scales that lie in one row of scale words: those of a block, or one for several blocks."""
+        return 1 if self.is_group_long else self.layout.fields // (self.fields_per_scale or self.layout.fields)
+
+    @property
+    def is_group_long(self) -> bool:
+        """True if a group is a number of whole blocks."""
+        return self.spec.group is not None and self.spec.group % self.layout.block == 0
+
+    @property
+    def inputs_per_row(self) -> int:
+        """Inputs that share a row of scale words."""
+        return self.spec.group if self.is_group_long and self.spec.group else self.layout.block
+
+
+def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
+    """The form of a spec for activations of `dtype`, or the reason why it has none."""
+    half = HALVES.get(dtype)
+    group = None if spec.group is None or spec.group >= k else spec.group
+    book = spec.book
+    lattice = None if book is None else book.lattice
+    layout = word_layout(spec.bits, group) if lattice is None else lattice_layout(lattice, group)
+    if isinstance(layout, str):
+        return layout
+    shared = None if group is None else layout.fields if lattice else fields_per_scale(layout, group)
+    subtracted = _subtracted(spec)
+    if lattice is not None:
+        functions, calls = decode_lattice(lattice, half)
+        return WeightForm(
+            spec, half, layout, shared, subtracted, functions, tuple(calls), stride=8, factor=0.5,
+            tables=tuple(lattice_tables(lattice)),
+        )  # fmt: skip
+    if book is not None and book.float_dtype is not None:
+        functions, calls = decode_floats(book.float_dtype, half)
+        return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
+    if book is not None and spec.codebook != "ternary":
+        functions, calls, before = decode_table(layout, half)
+        tables = ("planes_ptr" if half else "levels_ptr",)
+        return WeightForm(
+            spec, half, layout, shared, subtracted, functions, tuple(calls), tables=tables, before=tuple(before)
+        )
+    functions, calls = decode_integers(layout, spec.bits, half, subtracted, shared or layout.fields)
+    return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
+
+
+def fields_per_scale(layout: WordLayout, group: int) -> int:
+    """Fields of a block that lie in one group, wherever the block begins."""
+    return gcd(group // layout.rows, layout.fields)
+
+
+def _subtracted(spec: WeightSpec) -> Subtracted:
+    if spec.zero != "none":
+        return Subtracted(is_tile=True, has_fractions=spec.zero != "int")
+    return Subtracted(1 if spec.codebook == "ternary" else 1 << (spec.bits - 1) if spec.bits <= 8 else 0)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def padded(outputs: int) -> int:
+    """Outputs of a weight once it is filled up."""
+    return -(-outputs // OUTPUT_STEP) * OUTPUT_STEP
+
+
+def pack_parts(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int], is_interleaved: bool) -> list[Tensor]:
+    """The stored parts of a weight of `shape` [out, in] in the form that kernels read, in the order of `pointers`.
+
+    is_interleaved: rows of the two halves take turns, for gates.
+    """
+    codes, scale, zero = logical_parts(parts, form.spec, shape, is_interleaved)
+    outputs = padded(shape[0])
+    pack = pack_words if form.stride == 1 else lattice_words
+    found = {"w_ptr": pack(codes, form.layout, outputs)} | _tables(form, codes.device)
+    found |= pack_scales(scale * form.factor, zero, form, shape[1])
+    return [found[name] for name in form.pointers]
+
+
+def logical_parts(
+    parts: Sequence[Tensor], spec: WeightSpec, shape: tuple[int, int], is_interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [out, in // vector] uint8 or int64, scale and zero [out, in // group] float32, the latter in codes."""
+    named = dict(zip(storage.part_names(spec), parts, strict=True))
+    codes = spec.packer.unpack(named["codes"], spec.bits, shape[1] // spec.vector)
+    if codes.dtype not in (torch.uint8, torch.int64):
+        codes = codes.view(torch.uint8)
+    scale, zero = (_by_output(s, spec, shape) for s in storage.decode_scales(named, spec, shape))
+    assert scale is not None
+    if is_interleaved:
+        order = torch.arange(shape[0], device=codes.device).view(2, -1).T.flatten()
+        codes, scale, zero = codes[order], scale[order], None if zero is None else zero[order]
+    if spec.zero == "min" and zero is not None:
+        return _minimum_to_zero(codes, scale, zero)
+    return codes, scale, zero
+
+
+def pack_scales(scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int) -> dict[str, Tensor]:
+    """Scales and zeros by the names of their pointers."""
+    outputs = padded(len(scale))
+    if form.fields_per_scale is None:
+        zeros = {} if zero is None else {"z_ptr": _transposed(zero, outputs)}
+        return {"s_ptr": _transposed(scale, outputs)} | zeros
+    words, norm = _scale_words(scale, zero, form, inputs, outputs)
+    return {"s_ptr": words, "norm_ptr": norm}
+
+
+def _by_output(scale: Tensor | None, spec: WeightSpec, shape: tuple[int, int]) -> Tensor | None:
+    """One row of scales for every output."""
+    return scale if scale is None or spec.rows == 1 else scale.repeat_interleave(spec.rows or shape[0], 0)[: shape[0]]
+
+
+def _transposed(scale: Tensor, outputs: int) -> Tensor:
+    return pad(scale, (0, 0, 0, outputs - len(scale))).T.contiguous()
+
+
+def _scale_words(
+    scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int, outputs: int
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; the power of two taken out, [1]."""
+    norm = scale.new_ones(1)
+    if form.half is not None:
+        # The largest scale goes to 2^14 .. 2^15; that changes no bit of the others unless they are 2^28 smaller.
+        norm = torch.exp2(scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).log2().floor() - 14).view(1)
+    rows = -(-inputs // form.inputs_per_row)
+    starts = torch.arange(rows * form.scales_per_row, device=scale.device) * (
+        form.inputs_per_row // form.scales_per_row
+    )
+    groups = (starts // (form.spec.group or inputs)).clamp_max(scale.shape[1] - 1)
+    numbers = [scale / norm] if zero is None else [scale / norm, zero]
+    spread = [number[:, groups].unflatten(1, (rows, form.scales_per_row)) for number in numbers]
+    listed = torch.cat(spread, 2)
+    if form.half is None:
+        words = listed.view(torch.int32)
+    else:
+        words = pad(listed, (0, listed.shape[2] % 2)).to(torch.float16).view(torch.int32)
+    return _transposed(words.flatten(1), outputs), norm
+
+
+def _minimum_to_zero(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero with scale * (code - zero) = scale * code - minimum.
+
+    Where a group is constant but for what 16 bits cannot see, its codes become 0 and its scale the minimum itself.
+    """
+    is_flat = (minimum.abs() >= scale.abs() * _FARTHEST_ZERO) | (scale == 0)
+    zero = torch.where(is_flat, torch.where(minimum == 0, 0.0, 1.0), minimum / torch.where(is_flat, 1.0, scale))
+    spread = is_flat.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    return codes.masked_fill(spread, 0), torch.where(is_flat, minimum, scale), zero
+
+
+def _tables(form: WeightForm, device: torch.device) -> dict[str, Tensor]:
+    book = form.spec.book
+    if book is None or not form.tables:
+        return {}
+    if book.lattice is not None:
+        return {name: table.to(device) for name, table in lattice_tables(book.lattice).items()}
+    levels = pad(book.table(device), (0, 16 - len(book.levels)))
+    if form.half is None:
+        return {"levels_ptr": levels}
+    return {"planes_ptr": torch.tensor(byte_planes(book.levels, form.half), device=device)}

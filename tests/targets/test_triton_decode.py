@@ -1,0 +1,77 @@
+"""The PTX that decodes words, run on all words there are, against the levels of the packed codes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from ptqc.codegen.gpu.forms import form_of
+from ptqc.codegen.gpu.levels import byte_planes
+from ptqc.codegen.gpu.ptx import HALVES
+from ptqc.codegen.gpu.words import pack_words
+from ptqc.spec import WeightSpec
+from ptqc.storage import levels
+from tests.targets.ptx import run_ptx
+
+SPECS = ["int1", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "nf4", "fp4", "iq4nl", "e2m1",
+         "fp8e4m3", "fp8e5m2", "int4z", "int2z", "int5z", "int8z", "int4f", "int8f"]  # fmt: skip
+CALL = re.compile(r'inline_asm_elementwise\(\s*"""(.*?)""",\s*"(.*?)", \[(.*?)\], dtype', re.S)
+TILE = re.compile(r"\((?P<part>\w+)(?: - (?P<number>[0-9.]+))?\)\.to|(?P<bare>\w+)\.to")
+
+
+def decoded(form, words, zero):
+    """Run the functions of a form on words [words, n]. Returns the levels of all fields, [fields, n] float64."""
+    parts = {"whole": -zero, "rest": -zero}
+    if form.subtracted.has_fractions and form.half.suffix == "bf16x2":
+        parts["whole"] = -np.clip(np.floor(zero + 0.5), 0, 2**form.spec.bits - 1)
+        parts["rest"] = -parts["whole"] - zero
+    fields = []
+    planes = byte_planes(form.spec.book.levels, form.half) if form.tables else []
+    for program in CALL.findall(form.functions):
+        text, constraints, names = program
+        registers = []
+        for name in names.split(", "):
+            if re.fullmatch(r"w\d", name):
+                registers.append(np.concatenate([words[int(name[1])]] * 2).view(np.uint32))
+            elif name.startswith("plane"):
+                registers += [np.uint32(planes[int(name[5:])] & 0xFFFFFFFF)] * 2
+            else:
+                match = TILE.match(name)
+                value = parts[match["part"] or match["bare"]] - float(match["number"] or 0)
+                registers.append(np.uint32(form.half.bits(_rounded(value, form.half)) * 0x10001))
+        results = run_ptx(text, constraints.count("="), registers)
+        fields += [_numbers(result, form.half) for result in results]
+    return np.stack(fields)
+
+
+def _rounded(value, half):
+    dtype = torch.float16 if half.suffix == "f16x2" else torch.bfloat16
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
+
+
+def _numbers(register, half):
+    dtype = torch.float16 if half.suffix == "f16x2" else torch.bfloat16
+    return torch.from_numpy(register.view(np.int16).copy()).view(dtype).double().numpy()
+
+
+@pytest.mark.parametrize("dtype", list(HALVES))
+@pytest.mark.parametrize("name", SPECS)
+def test_programs_give_the_levels(name, dtype):
+    spec = WeightSpec.parse(name)
+    form = form_of(spec, 4096, dtype)
+    assert not isinstance(form, str)
+    rows = 2 * 256 * form.layout.rows // form.layout.rows
+    codes = torch.arange(form.layout.fields * form.layout.rows * rows) * 2654435761 >> 7
+    codes = (codes % (3 if spec.codebook == "ternary" else 1 << spec.bits)).to(torch.uint8)
+    codes = codes.view(-1, form.layout.block)
+    if spec.book is not None and spec.book.float_dtype is not None:
+        codes = torch.where(codes.view(spec.book.float_dtype).float().isfinite(), codes, 0)
+    packed = pack_words(codes.reshape(1, -1), form.layout, 1).view(len(codes), form.layout.words, form.layout.rows)
+    words = packed.transpose(0, 1).reshape(form.layout.words, -1).contiguous().numpy()
+    zero = {"none": 0.0, "int": 11.0 if spec.bits > 2 else 3.0, "float": 6.71875}[spec.zero]
+    got = decoded(form, words, zero)[:, : words.shape[1]]
+    stored = codes.view(spec.book.float_dtype) if spec.book and spec.book.float_dtype else codes
+    exact = levels(stored, spec) - (0.0 if spec.zero == "none" else zero)
+    expected = exact.view(len(codes), form.layout.fields, form.layout.rows).transpose(0, 1).flatten(1)
+    np.testing.assert_array_equal(got, expected.to(dtype).double().numpy())
