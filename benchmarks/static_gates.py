@@ -25,8 +25,10 @@ import torch
 from benchmarks._sass import MachineCode, compile_kernel, read_machine_code
 from ptqc.act_spec import ActSpec
 from ptqc.codegen.build import load_text
-from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form
+from ptqc.codegen.gpu.chains import operand_names
+from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of
+from ptqc.codegen.gpu.inputs import prologue_pointers
 from ptqc.codegen.gpu.tiles import Tile, tile_for
 from ptqc.codegen.gpu.weight_only import POINTER_TYPES, product_arguments
 from ptqc.codegen.targets.triton_eight_bit import TritonEightBit
@@ -34,7 +36,7 @@ from ptqc.codegen.targets.triton_linear import TritonLinear
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
-__all__ = ["Case", "Row", "measure"]
+__all__ = ["Case", "Row", "compile_around", "measure"]
 
 SPECS = (
     "int4g128", "int4g64", "int4g32", "int4", "int4g128z", "int4g64z", "int4g64f", "int4g32m", "int8", "int8g128",
@@ -129,6 +131,42 @@ def _compile(request: KernelRequest, form: WeightForm, tile: Tile, target: Any, 
     return compile_kernel(
         module.matmul, signature, constants, aligned, target, num_warps=tile.warps, num_stages=tile.stages, **registers
     )
+
+
+def compile_around(spec: str, act: str, prologue: tuple[str, ...], epilogue: tuple[str, ...], capability: int) -> None:
+    """Compile the kernels before and behind a product, and the one that unpacks a weight; raises what Triton does."""
+    from triton.backends.compiler import GPUTarget
+
+    request = KernelRequest(
+        WeightSpec.parse(spec), 4096, 4096, torch.float16, "cuda", ActSpec.parse(act), prologue, epilogue
+    )
+    target, operands = GPUTarget("cuda", capability, 32), dict.fromkeys(operand_names(request), "*fp16")
+    types = {name: "*i32" if step == "order" else "*fp16" for name, step in zip(
+        prologue_pointers(request), prologue, strict=False)}  # fmt: skip
+    entry = {"x_ptr": "*fp16", **types, "v_ptr": "*fp16"}
+    sizes = {"GROUPS": 1, "WIDTH": 4096}
+    if request.act.dtype is not None:
+        form = eight_bit_form(request)
+        assert isinstance(form, WeightForm)
+        module = load_text(TritonEightBit().emit(request).text)
+        summed = summed_group(request, form)
+        entry |= {"v_ptr": form.words_type, "scale_ptr": "*fp32"} | ({"sums_ptr": "*fp32"} if summed else {})
+        sizes = {"GROUPS": 4096 // (summed or 4096), "WIDTH": summed or 4096}
+    else:
+        form = form_of(request.spec, request.k, request.dtype)
+        assert isinstance(form, WeightForm)
+        module = load_text(TritonLinear().emit(request).text)
+        numbers = dict.fromkeys(("N", "K", "NP"), "i32")
+        modes = {"BN": 128, "PTX": True, "EMULATED": False}
+        _compile_plainly(module.unpack, form.pointers | {"out_ptr": "*fp16"} | numbers, modes, target)
+        finish = {"y_ptr": "*fp16", **operands, "out_ptr": "*fp16", **dict.fromkeys(("M", "N", "NP"), "i32")}
+        _compile_plainly(module.finish, finish, {"BM": 32, "BN": 64}, target)
+    _compile_plainly(module.enter, entry | {"K": "i32"}, sizes, target)
+
+
+def _compile_plainly(kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: Any) -> None:
+    aligned = [name for name in signature if name.endswith("_ptr")]
+    compile_kernel(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned, target, num_warps=8)
 
 
 def _programs(code: MachineCode, tile: Tile, capability: int) -> int:

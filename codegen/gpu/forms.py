@@ -81,6 +81,8 @@ class WeightForm:
             return "eight bits and zeros" if self.subtracted.is_tile else "eight bits"
         if self.half is None:
             return "float32"
+        if self.layout.block >= 256 and self.layout.words * 16 > 4 * self.layout.fields:
+            return "planes"  # more than 4 bits in words of 256 inputs: a stage less, or only one program fits
         return "table" if "planes_ptr" in self.tables else "arithmetic"
 
     @property

@@ -40,6 +40,7 @@ _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
 TILES: dict[str, tuple[Tile, ...]] = {
     "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
     "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
     "eight bits": (
         Tile(16, 64, 128, 4, 4),

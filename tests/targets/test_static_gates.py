@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.static_gates import Case, measure
+from benchmarks.static_gates import Case, compile_around, measure
 from tests.targets.interpreted import needs_triton
 
 
@@ -25,3 +25,10 @@ def test_inputs_of_8_bits_use_their_tensor_cores(monkeypatch):
     assert measure(Case("int8", torch.float16, 64, 90, "int8-token")).matrices.startswith("IGMMA")
     assert measure(Case("int4g128", torch.float16, 16, 80, "int8-token")).matrices.startswith("IMMA")
     assert measure(Case("fp8e4m3", torch.float16, 64, 90, "fp8e4m3-token")).matrices.startswith("QGMMA")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "act"), [("int4g64z", "float"), ("e8p3", "float"), ("int4g64f", "int8-token")])
+def test_the_kernels_around_the_product_compile(spec, act):
+    compile_around(spec, act, ("rms_norm:1e-6", "order"), ("bias", "gate_silu", "add"), 90)
