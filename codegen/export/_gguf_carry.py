@@ -126,8 +126,8 @@ def _is_within(spec: WeightSpec, lowest: int, highest: int) -> bool:
     if spec.zero not in ("none", "int"):
         return False
     if spec.book is None:
-        steps = 2**spec.bits - 1
-        low = -steps if spec.zero == "int" else -(2 ** (spec.bits - 1))
+        steps = (1 << spec.bits) - 1
+        low = -steps if spec.zero == "int" else -(1 << (spec.bits - 1))
         high = steps if spec.zero == "int" else low + steps
         return lowest <= low and high <= highest
     table = spec.book.table()
