@@ -301,7 +301,6 @@ KNOWN_SPECS: dict[str, WeightSpec] = {
     "q6_K": _superblock(6, 16, 8, signed=True),
     "iq4_nl": WeightSpec(bits=4, group=32, codebook="iq4nl"),
     "iq4_xs": WeightSpec(bits=4, group=32, codebook="iq4nl", scale=ScaleSpec(bits=6, block=8, signed=True)),
-    "tq1_0": WeightSpec(bits=2, group=256, codebook="ternary", packing="base3"),
     "tq2_0": WeightSpec(bits=2, group=256, codebook="ternary"),
     "mxfp4": WeightSpec(bits=4, group=32, codebook="e2m1", scale=ScaleSpec(dtype="e8m0")),
     "nvfp4": WeightSpec(bits=4, group=16, codebook="e2m1", scale=ScaleSpec(dtype="e4m3")),
@@ -309,7 +308,7 @@ KNOWN_SPECS: dict[str, WeightSpec] = {
 """Formats with a name of their own. Only values are described: the bit order in a file is its exporter's business."""
 
 _ALIASES = frozenset(
-    {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "tq1_0", "tq2_0", "mxfp4", "nvfp4"}
+    {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "tq2_0", "mxfp4", "nvfp4"}
 )  # parse, but print spelled out
 _NAME_OF_KNOWN = {spec: name for name, spec in KNOWN_SPECS.items() if name not in _ALIASES}
 

@@ -107,7 +107,7 @@ _SEARCHES: dict[str, Search] = {
     "Q6_K": Search(KNOWN_SPECS["q6_K"], peaks=(*_around(-32, 1.2, 6), 31.0)),
     "IQ4_NL": Search(KNOWN_SPECS["iq4_nl"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
     "IQ4_XS": Search(KNOWN_SPECS["iq4_xs"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
-    "TQ1_0": Search(KNOWN_SPECS["tq1_0"], peaks=tuple(1 + step / 5 for step in range(14))),
+    "TQ1_0": Search(WeightSpec.parse("ternaryg256"), peaks=tuple(1 + step / 5 for step in range(14))),
     "TQ2_0": Search(KNOWN_SPECS["tq2_0"], peaks=tuple(1 + step / 5 for step in range(14))),
 }
 

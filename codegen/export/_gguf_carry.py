@@ -129,7 +129,7 @@ def _is_within(spec: WeightSpec, lowest: int, highest: int) -> bool:
         steps = (1 << spec.bits) - 1
         low = -steps if spec.zero == "int" else -(1 << (spec.bits - 1))
         high = steps if spec.zero == "int" else low + steps
-        return lowest <= low and high <= highest
+        return bool(lowest <= low and high <= highest)
     table = spec.book.table()
     is_within = (table == table.round()) & (table >= lowest) & (table <= highest)
     return spec.zero == "none" and bool(is_within.all())

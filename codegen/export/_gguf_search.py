@@ -185,7 +185,7 @@ class _Task:
 
     def solve(self, sums: Sums) -> Fit:
         """The best scale and minimum for given levels; a minimum below zero becomes zero where it cannot be stored."""
-        plain: Floats = sums.wl / np.maximum(sums.ll, _TINY)
+        plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, _TINY))
         if sums.l is None or sums.w is None or sums.one is None:
             return Fit(plain, None)
         determinant = sums.one * sums.ll - sums.l * sums.l
