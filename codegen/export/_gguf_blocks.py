@@ -90,8 +90,7 @@ def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
     return peak, *(peak + reach * (2 * step / (steps - 1) - 1) for step in range(steps))
 
 
-_TENTHS = tuple((step / 10, step / 10) for step in range(-5, 5))
-_FINE = ((0.0, 0.0), *_TENTHS, (0.5, 0.0), (0.0, 0.5), (-0.3, 0.3), (0.3, -0.3))
+_FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
 _NARROW = ((0.0, 0.0), (-0.4, -0.4), (-0.2, -0.2), (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (0.6, 0.6))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
 
