@@ -85,5 +85,6 @@ def test_sample_statistics_belong_together():
     statistics = sample_statistics(32, rows=64)
     rows = statistics["rows"]
     assert torch.allclose(statistics["hessian"], rows.T @ rows / 64)
+    assert torch.allclose(statistics["mean_square"], statistics["hessian"].diagonal())
     assert (statistics["absmax"] >= statistics["percentile"]).all()
-    assert statistics.keys() == {"hessian", "absmax", "mean_abs", "mean", "percentile", "rows", "count"}
+    assert statistics.keys() == {"hessian", "absmax", "mean_abs", "mean_square", "mean", "percentile", "rows", "count"}

@@ -69,7 +69,7 @@ def distance(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", ["hadamard", "hqq"]])
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", ["hadamard", "gptq"]])
 @pytest.mark.parametrize("kind", [Perceptron, Broken, Untraceable])
 def test_every_route_quantizes_and_says_which_it_was(seeded, kind, method):
     model = kind().eval()
@@ -170,4 +170,4 @@ def test_a_compiled_model_agrees_with_eager(seeded):
     quantized(model, ["hadamard", "gptq"])
     with torch.no_grad():
         expected = model(X)
-        assert distance(torch.compile(model, backend="ptqc")(X), expected) < 1e-4
+        assert distance(torch.compile(model, backend="ptqc", options={"exact": True})(X), expected) < 1e-4

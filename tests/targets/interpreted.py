@@ -17,7 +17,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def run_interpreted(cases):
     """The results of cases, in Triton's interpreter."""
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.fspath(root)}
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CXX": "no-such-compiler"}  # C++ would go first
+    environment = {**os.environ, **settings, "PYTHONPATH": os.fspath(root)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.targets.triton_cases"], input=json.dumps(cases), env=environment, cwd=root,
         capture_output=True, text=True, check=False,
