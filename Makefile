@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make peers | make wheel: each does all its set-up.
+# make demo | make test | make sweep | make lint | make peers | make wheel: each does all its set-up.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # Two test processes on two cores: one thread each is faster than four threads in all.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadscope
 
-.PHONY: demo test test-fast lint peers wheel clean
+.PHONY: demo test test-fast sweep lint peers wheel clean
 
 demo: $(VENV)/.installed-all
 	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -17,7 +17,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --quiet --doctest-modules ptqc/spec.py ptqc/act_spec.py ptqc/select.py
 
 test-fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not sweep"
+
+# Every case of the sweeps: kernels of all specs, types and epilogues, and files damaged ten thousand times. Hours.
+sweep: $(VENV)/.installed-test
+	$(PYTEST) -m sweep
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ def test_damaged_files(tmp_path_factory, data, edits, cut):
     survives(tmp_path_factory.getbasetemp() / "damaged.gguf", damaged(data, edits, cut))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @given(edits=EDITS, cut=st.none() | st.floats(0, 1))
 @settings(max_examples=10_000, deadline=None)
 def test_many_damaged_files(tmp_path_factory, data, edits, cut):

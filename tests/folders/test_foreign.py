@@ -65,7 +65,7 @@ def test_a_model_of_another_program_is_a_model_of_ours(folder, tmp_path):
 def test_it_is_lowered(folder):
     up = ptqc.load(folder[0]).get_submodule(UP)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(torch.compile(up, backend="ptqc")(x), up(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.compile(up, backend="ptqc", options={"exact": True})(x), up(x), rtol=1e-4, atol=1e-4)
 
 
 def test_dtypes(folder):
@@ -302,7 +302,7 @@ def test_hostile_folders_are_errors(whole, data):
     survives(whole, data)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hostile_folders_are_errors_ten_thousand_times_for_each_format(whole, data):

@@ -184,7 +184,7 @@ def test_weights_of_one_spec_share_a_library():
     assert texts[0] != texts[1] and first == second
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)
 @pytest.mark.parametrize("name", EVERY_SPEC)
 def test_every_spec(name, dtype):
@@ -194,7 +194,7 @@ def test_every_spec(name, dtype):
             check(made, EXACT[dtype] if exact else QUANTIZED)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *(f"gate_{name}" for name in ACTIVATIONS)])
 @pytest.mark.parametrize("spec", ["int4g32", "int8z"])

@@ -45,7 +45,7 @@ def test_every_spec_and_chains():
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("rows", [1, 16, 64, 257])
 def test_all_together(rows):
     check(

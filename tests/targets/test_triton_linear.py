@@ -62,7 +62,7 @@ def test_chains():
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("rows", ROWS)
 def test_all_together(rows, dtype):
