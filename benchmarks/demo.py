@@ -178,7 +178,8 @@ def options_of(candidate: Candidate) -> dict[str, Any]:
     if bits is not None and bits == int(bits):
         bits = int(bits)
     options = {"bits": bits, "group_size": candidate.group_size, "spec": candidate.spec}
-    return {"method": candidate.method} | {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"method": candidate.method, **given, "exact": True}  # activations stay float, as in the eager model
 
 
 def compile_float(demo: Demo, candidate: Candidate) -> None:
@@ -222,6 +223,9 @@ def run_onnx(path: Path, tokens: Tensor) -> Tensor:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     inputs = {"input_ids": tokens.numpy(), "attention_mask": torch.ones_like(tokens).numpy()}
+    for entry in session.get_inputs():
+        if entry.name.startswith("past"):  # nothing has been read before
+            inputs[entry.name] = torch.zeros(1, entry.shape[1], 0, entry.shape[3]).numpy()
     return torch.from_numpy(session.run(["logits"], inputs)[0])
 
 
