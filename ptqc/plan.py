@@ -21,7 +21,7 @@ from ptqc.assign import assign
 from ptqc.calibrate import batches, moved
 from ptqc.capture import CapturedGraph, capture
 from ptqc.components import Component
-from ptqc.errors import PtqcError, first_line
+from ptqc.errors import first_line
 from ptqc.estimate import Cost, Shape, estimate_bytes, estimate_seconds, seconds_per_weight
 from ptqc.folders.architecture import build_empty
 from ptqc.folders.folder import open_folder
@@ -251,11 +251,7 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 def _weight(site: Site, rule: Rule) -> PlannedWeight:
     shape = site.stored_shape
     spec = fitted_spec(rule, shape)
-    try:
-        nbytes = spec.nbytes(shape)
-    except PtqcError as error:
-        raise type(error)(f'cannot store "{site.name}" as {spec}: {error}') from None
-    nbytes += 4 if rule.activation.is_static else 0
+    nbytes = spec.nbytes(shape) + (4 if rule.activation.is_static else 0)
     source = site.weight.numel() * site.weight.element_size()
     return PlannedWeight(site.name, shape, rule.label, str(spec), str(rule.activation), nbytes, source)
 

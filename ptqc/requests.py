@@ -48,6 +48,11 @@ class KernelRequest:
         """Features of the result: n, or n / 2 behind a gate."""
         return self.n // 2 if any(map(narrows, self.epilogue)) else self.n
 
+    @property
+    def is_plain(self) -> bool:
+        """True for a product of an input as it comes, with a bias at most."""
+        return not self.prologue and self.act.dtype is None and self.epilogue in ((), ("bias",))
+
     def __str__(self) -> str:
         """Spec, shape, dtype and the chain: int4g32 [96, 64] bfloat16 cpu: rms_norm:1e-06 > product > bias > silu."""
         act = () if self.act.dtype is None else (str(self.act),)
@@ -55,6 +60,11 @@ class KernelRequest:
         flags = [name for name in ("needs_grad", "exact") if getattr(self, name)]
         where = " ".join([str(self.dtype).removeprefix("torch."), self.device, *flags])
         return f"{self.spec} [{self.n}, {self.k}] {where}: {chain}"
+
+    @property
+    def operands_before(self) -> int:
+        """How many operands belong to what happens before the product: the first ones."""
+        return sum(map(takes_operand, self.prologue)) + self.act.is_static
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from ptqc.spec import SCALE_DTYPES, ScaleSpec, WeightSpec
 
 __all__ = [
     "Codes", "concat", "concat_spec", "decode", "decode_scales", "encode", "index", "part_layout", "part_names",
-    "round_scale", "take",
+    "round_scale", "row_scales", "take",
 ]  # fmt: skip
 
 Parts = dict[str, Tensor]
@@ -180,6 +180,18 @@ def decode_scales(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence
     return scale, _decode_scale(parts, spec.scale, "zero", columns)
 
 
+def row_scales(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """`decode_scales` with a row for every output, [..., out, in // group] float32."""
+    scale, zero = decode_scales(parts, spec, shape)
+    return _by_row(scale, spec, shape[-2]), None if zero is None else _by_row(zero, spec, shape[-2])
+
+
+def _by_row(scale: Tensor, spec: WeightSpec, out_features: int) -> Tensor:
+    if spec.rows == 1:
+        return scale
+    return scale.repeat_interleave(spec.rows or out_features, dim=-2)[..., :out_features, :]
+
+
 def levels(codes: Tensor, spec: WeightSpec) -> Tensor:
     """The float32 level that each code stands for, codes: unpacked, any shape; vectors lie along the last axis."""
     book = spec.book
@@ -217,7 +229,7 @@ def _spread(scale: Tensor, spec: WeightSpec, shape: Sequence[int]) -> Tensor:
     """Repeat a scale matrix to one entry per weight."""
     out_features, in_features = shape[-2:]
     wide = scale.repeat_interleave(spec.group or in_features, dim=-1)[..., :in_features]
-    return wide.repeat_interleave(spec.rows or out_features, dim=-2)[..., :out_features, :]
+    return _by_row(wide, spec, out_features)
 
 
 def take(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int], dim: int, at: Tensor | slice | int

@@ -99,12 +99,8 @@ class Layout:
     def _scales(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Scales and offsets [n, groups] float32."""
         spec = self.spec
-        scale, zero = storage.decode_scales(parts, spec, (self.n, self.blocks.k))
+        scale, zero = storage.row_scales(parts, spec, (self.n, self.blocks.k))
         offset = zero if zero is None or spec.zero == "min" else scale * zero
-        if spec.rows != 1:
-            repeats = spec.rows or self.n
-            scale = scale.repeat_interleave(repeats, 0)[: self.n]
-            offset = None if offset is None else offset.repeat_interleave(repeats, 0)[: self.n]
         return scale * self.level.unit, offset
 
     def _split(self, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

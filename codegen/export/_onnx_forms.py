@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ptqc import storage
+from ptqc.packing import pack_linear
 from ptqc.spec import SCALE_DTYPES, WeightSpec
 
 __all__ = ["Affine", "affine", "matmul_nbits", "standard"]
@@ -73,21 +74,13 @@ def matmul_nbits(weight: Affine) -> tuple[list[np.ndarray[Any, Any] | None], dic
         return f"MatMulNBits has blocks of 16, 32, 64 ...; none of these divides the group {weight.block}"
     repeat = weight.block // block
     scale, zero = (values.repeat_interleave(repeat, 1) for values in (weight.scale, weight.zero))
-    codes = _packed(weight.codes.view(out_features, -1, block), weight.bits)
+    codes = pack_linear(weight.codes.view(out_features, -1, block), weight.bits)
     if weight.is_integer and bool((zero == 2 ** (weight.bits - 1)).all()):
         zeros = None
     else:
-        zeros = _packed(zero.to(torch.uint8), weight.bits) if weight.is_integer else zero
+        zeros = pack_linear(zero.to(torch.uint8), weight.bits) if weight.is_integer else zero
     arrays = [codes.numpy(), scale.numpy(), None if zeros is None else zeros.numpy()]
     return arrays, {"K": in_features, "N": out_features, "bits": weight.bits, "block_size": block}
-
-
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Codes along the last axis in bytes, the first in the lowest bits; the last byte filled with zeros."""
-    per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
-    packed: Tensor = (padded.int() << torch.arange(0, 8, bits)).sum(-1)
-    return packed.to(torch.uint8).contiguous()
 
 
 def standard(weight: Affine) -> tuple[list[np.ndarray[Any, Any] | None], dict[str, int]] | str:

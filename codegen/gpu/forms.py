@@ -171,8 +171,7 @@ def logical_parts(
     codes = spec.packer.unpack(named["codes"], spec.bits, shape[1] // spec.vector)
     if codes.dtype not in (torch.uint8, torch.int64):
         codes = codes.view(torch.uint8)
-    scale, zero = (_by_output(s, spec, shape) for s in storage.decode_scales(named, spec, shape))
-    assert scale is not None
+    scale, zero = storage.row_scales(named, spec, shape)
     if is_interleaved:
         order = torch.arange(shape[0], device=codes.device).view(2, -1).T.flatten()
         codes, scale, zero = codes[order], scale[order], None if zero is None else zero[order]
@@ -189,11 +188,6 @@ def pack_scales(scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: in
         return {"s_ptr": _transposed(scale, outputs)} | zeros
     words, norm = _scale_words(scale, zero, form, inputs, outputs)
     return {"s_ptr": words, "norm_ptr": norm}
-
-
-def _by_output(scale: Tensor | None, spec: WeightSpec, shape: tuple[int, int]) -> Tensor | None:
-    """One row of scales for every output."""
-    return scale if scale is None or spec.rows == 1 else scale.repeat_interleave(spec.rows or shape[0], 0)[: shape[0]]
 
 
 def _transposed(scale: Tensor, outputs: int) -> Tensor:

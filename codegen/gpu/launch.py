@@ -19,7 +19,7 @@ from ptqc.act_spec import ActSpec
 from ptqc.activations import quantize_input
 from ptqc.codegen.gpu.eight_bit import eight_bit_form, pack_bytes, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of, pack_parts, padded
-from ptqc.codegen.gpu.inputs import needs_entry, prologue_pointers
+from ptqc.codegen.gpu.inputs import needs_entry
 from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, split_of, tile_for
 from ptqc.fusions import apply_fusions, narrows
 from ptqc.requests import KernelRequest
@@ -72,27 +72,33 @@ class Linear:
 
     def prepare(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The stored parts in the form that the kernels read."""
-        prepared = pack_parts(parts, self.form, (self.n, self.k), self.has_gate)
+        prepared = self._packed(parts)
         reserve_workspace(prepared[0].device)
         return prepared
 
     def run(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
         """The result for x [rows, in]."""
         out = x.new_empty((x.shape[0], self.request.width))
-        if len(x) == 0:
-            return out
-        before = len(prologue_pointers(self.request))
-        contiguous = [operand.contiguous() for operand in operands]
-        with on_device(x.device):
-            v = x.contiguous()
-            if needs_entry(self.request):
-                v = enter(self.kernels["enter"], v, contiguous[:before])
-            weight_bytes = parts[0].numel() * 2
-            if is_dense_better(len(x), self.n, self.k, weight_bytes, device_facts(x.device)):
-                self._dense(v, parts, contiguous[before:], out)
-            else:
-                self._fused(v, parts, contiguous[before:], out)
+        if len(x) > 0:
+            before, given = self.request.operands_before, [operand.contiguous() for operand in operands]
+            with on_device(x.device):
+                self._launch(x.contiguous(), parts, given[:before], given[before:], out)
         return out
+
+    def _packed(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return pack_parts(parts, self.form, (self.n, self.k), self.has_gate)
+
+    def _launch(
+        self, x: Tensor, parts: Sequence[Tensor], before: list[Tensor], behind: list[Tensor], out: Tensor
+    ) -> None:
+        """before, behind: the operands of the prologue and of the epilogue."""
+        if needs_entry(self.request):
+            x = enter(self.kernels["enter"], x, before)
+        weight_bytes = parts[0].numel() * 2
+        if is_dense_better(len(x), self.n, self.k, weight_bytes, device_facts(x.device)):
+            self._dense(x, parts, behind, out)
+        else:
+            self._fused(x, parts, behind, out)
 
     def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
@@ -127,28 +133,19 @@ class EightBitLinear(Linear):
         assert isinstance(form, WeightForm)
         return form
 
-    def prepare(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The stored parts in the form that the kernel reads."""
-        prepared = pack_bytes(parts, self.form, (self.n, self.k), self.has_gate)
-        reserve_workspace(prepared[0].device)
-        return prepared
+    def _packed(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return pack_bytes(parts, self.form, (self.n, self.k), self.has_gate)
 
-    def run(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
-        """The result for x [rows, in]."""
-        out = x.new_empty((x.shape[0], self.request.width))
-        if len(x) == 0:
-            return out
-        act, before = self.request.act, len(prologue_pointers(self.request))
-        given = [operand.contiguous() for operand in operands]
+    def _launch(
+        self, x: Tensor, parts: Sequence[Tensor], before: list[Tensor], behind: list[Tensor], out: Tensor
+    ) -> None:
+        act = self.request.act
         if act.scale == "tensor" and not act.is_static:
-            prologue = apply_fusions(self.prologue, x.float(), given[: before - 1]).to(x.dtype)
-            given.insert(before - 1, quantize_input(prologue, act)[1].view(1))
-        with on_device(x.device):
-            entered = self._enter(x.contiguous(), given[:before])
-            tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
-            sizes, blocks = (self.n, self.k, padded(self.n)), -(-self.k // self.form.layout.block)
-            launch_product(self.kernels["matmul"], tile, [*entered, *parts, *given[before:], out], sizes, blocks)
-        return out
+            prologue = apply_fusions(self.prologue, x.float(), before).to(x.dtype)
+            before = [*before, quantize_input(prologue, act)[1].view(1)]
+        tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
+        sizes, blocks = (self.n, self.k, padded(self.n)), -(-self.k // self.form.layout.block)
+        launch_product(self.kernels["matmul"], tile, [*self._enter(x, before), *parts, *behind, out], sizes, blocks)
 
     def _enter(self, x: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
         """Codes of the input, their scales, and their sums where they are asked for."""

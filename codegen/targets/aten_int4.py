@@ -54,7 +54,7 @@ class AtenInt4:
     def refuses(self, request: KernelRequest) -> str | None:
         """Everything but affine int4 in groups of 32 to 256 with bfloat16 activations on the CPU."""
         spec = request.spec
-        if request.prologue or request.act.dtype or request.epilogue not in ((), ("bias",)):
+        if not request.is_plain:
             return "ATen's products fuse nothing but a bias"
         if request.device != "cpu" or request.needs_grad:
             return "ATen's int4 product serves CPU inference only"

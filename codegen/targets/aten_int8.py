@@ -36,7 +36,7 @@ class AtenInt8:
     def refuses(self, request: KernelRequest) -> str | None:
         """Everything but int8 per output row with 16-bit activations on the CPU, without derivative."""
         spec = request.spec
-        if request.prologue or request.act.dtype or request.epilogue not in ((), ("bias",)):
+        if not request.is_plain:
             return "ATen's products fuse nothing but a bias"
         if request.device != "cpu" or request.needs_grad:
             return "ATen's int8 product serves CPU inference only"

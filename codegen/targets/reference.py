@@ -15,7 +15,7 @@ class Reference:
 
     def refuses(self, request: KernelRequest) -> str | None:
         """Whatever has fusions besides a bias."""
-        if request.prologue or request.act.dtype or request.epilogue not in ((), ("bias",)):
+        if not request.is_plain:
             return "the reference is plain operators: it fuses nothing but a bias"
         return None
 

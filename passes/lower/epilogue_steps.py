@@ -1,7 +1,7 @@
 """The step behind a value in a graph, read as a fusion (`ptqc.fusions`): the rules of fuse-epilogue."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ptqc.program import value_of
 from ptqc.requests import KernelRequest
 from ptqc.views import function_name
 
-__all__ = ["Following", "activation_of", "following", "is_nothing", "same_shape"]
+__all__ = ["Following", "activation_of", "extended", "following", "is_nothing", "same_shape"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class Following:
     result: fx.Node
     fusion: str | None
     operand: fx.Node | float | None = None
+
+
+def extended(request: KernelRequest, fusion: str) -> KernelRequest:
+    """The request with one more step behind the product; relu2 takes the place of the relu before it."""
+    before = request.epilogue[:-1] if fusion == "relu2" else request.epilogue
+    return replace(request, epilogue=(*before, fusion))
 
 
 def following(value: fx.Node, request: KernelRequest) -> Following | None:

@@ -14,15 +14,14 @@ It does not fire where a value has another reader, where shapes broadcast, where
 place somewhere, and in training.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from ptqc.passes.lower.epilogue_steps import Following, following
-from ptqc.passes.lower.in_place import written
-from ptqc.passes.lower.site import accepts, is_movable, operands_of, request_of, rewrite, x_of
+from ptqc.passes.lower.epilogue_steps import Following, extended, following
+from ptqc.passes.lower.site import accepts, movable, operands_of, request_of, rewrite, x_of
 from ptqc.pipeline import Context, Pass
 from ptqc.program import value_of
 from ptqc.requests import KernelRequest
@@ -38,9 +37,8 @@ class FuseEpilogue(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many sites took in a step."""
-        unsafe = written(module.graph)
-        movable = [site for site in context.sites if is_movable(site, unsafe)]
-        return sum(_Chain(module, context, unsafe, site).fuse() for site in movable)
+        sites, unsafe = movable(module.graph, context)
+        return sum(_Chain(module, context, unsafe, site).fuse() for site in sites)
 
 
 @dataclass
@@ -59,7 +57,7 @@ class _Chain:
         best = request, operands
         while (step := following(value, request)) is not None and self._is_usable(step, request):
             if step.fusion is not None:
-                longer = _extended(request, step.fusion)
+                longer = extended(request, step.fusion)
                 if not accepts(self.context, self.site, request, longer, step.fusion):
                     break
                 request = longer
@@ -102,9 +100,3 @@ class _Chain:
         last.replace_all_uses_with(self.site)
         for node in sorted(taken, reverse=True):
             self.module.graph.erase_node(node)
-
-
-def _extended(request: KernelRequest, fusion: str) -> KernelRequest:
-    if fusion == "relu2":
-        return replace(request, epilogue=(*request.epilogue[:-1], fusion))
-    return replace(request, epilogue=(*request.epilogue, fusion))

@@ -13,8 +13,7 @@ from torch import fx
 
 from ptqc import ops
 from ptqc.act_spec import ActSpec
-from ptqc.passes.lower.in_place import written
-from ptqc.passes.lower.site import erase_unused, is_movable, operands_of, request_of, rewrite, x_of
+from ptqc.passes.lower.site import erase_unused, movable, operands_of, request_of, rewrite, x_of
 from ptqc.pipeline import Context, Pass
 from ptqc.program import value_of
 
@@ -29,8 +28,8 @@ class FuseInputQuantization(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many sites quantize their input now."""
-        unsafe = written(module.graph)
-        return sum(_fuse(context, site, unsafe) for site in context.sites if is_movable(site, unsafe))
+        sites, unsafe = movable(module.graph, context)
+        return sum(_fuse(context, site, unsafe) for site in sites)
 
 
 def _fuse(context: Context, site: fx.Node, unsafe: frozenset[fx.Node]) -> bool:

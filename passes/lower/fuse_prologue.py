@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from ptqc.passes.lower.epilogue_steps import is_nothing
-from ptqc.passes.lower.in_place import written
 from ptqc.passes.lower.rms_norm import Gain, RmsNorm, rms_norm_of
-from ptqc.passes.lower.site import accepts, erase_unused, is_movable, operands_of, request_of, rewrite, x_of
+from ptqc.passes.lower.site import accepts, erase_unused, movable, operands_of, request_of, rewrite, x_of
 from ptqc.pipeline import Context, Pass
 from ptqc.program import value_of
 from ptqc.requests import KernelRequest
@@ -38,9 +37,8 @@ class FusePrologue(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many sites took in a step."""
-        unsafe = written(module.graph)
-        movable = [site for site in context.sites if is_movable(site, unsafe)]
-        return sum(_Chain(module, context, unsafe, site).fuse() for site in movable)
+        sites, unsafe = movable(module.graph, context)
+        return sum(_Chain(module, context, unsafe, site).fuse() for site in sites)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from ptqc import storage
-from ptqc.fusions import takes_operand
-from ptqc.passes.lower.epilogue_steps import activation_of, following
-from ptqc.passes.lower.in_place import written
-from ptqc.passes.lower.site import is_movable, operands_of, product_node, request_of, x_of
+from ptqc.passes.lower.epilogue_steps import activation_of, extended, following
+from ptqc.passes.lower.site import movable, operands_of, product_node, request_of, x_of
 from ptqc.pipeline import Context, Pass, Site
 from ptqc.program import value_of
 from ptqc.requests import KernelRequest
@@ -49,17 +47,16 @@ class MergeSharedInput(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many sites became part of another."""
-        unsafe, bound = written(module.graph), _upstream_of_strides(module.graph)
+        (sites, unsafe), bound = movable(module.graph, context), _upstream_of_strides(module.graph)
         groups: dict[tuple[fx.Node, KernelRequest, tuple[fx.Node, ...]], list[fx.Node]] = {}
-        for site in context.sites:
+        for site in sites:
             request = request_of(site)
-            is_free = is_movable(site, unsafe) and site not in bound
-            if is_free and context.target(request) not in (None, "reference"):
+            if site not in bound and context.target(request) not in (None, "reference"):
                 alike = replace(request, n=0, epilogue=())
-                before = operands_of(site)[: sum(map(takes_operand, request.prologue)) + request.act.is_static]
+                before = operands_of(site)[: request.operands_before]
                 groups.setdefault((x_of(site), alike, tuple(before)), []).append(site)
-        merged = [run for sites in groups.values() for run in _runs(context, sites)]
-        return sum(_merge(module, context, sites, unsafe) for sites in merged)
+        merged = [run for found in groups.values() for run in _runs(context, found)]
+        return sum(_merge(module, context, run, unsafe) for run in merged)
 
 
 def _upstream_of_strides(graph: fx.Graph) -> set[fx.Node]:
@@ -103,7 +100,7 @@ def _grows(context: Context, site: fx.Node) -> bool:
     step = following(site, request)
     if step is None or step.fusion is None:
         return False
-    return context.target(replace(request, epilogue=(*request.epilogue, step.fusion))) == context.target(request)
+    return context.target(extended(request, step.fusion)) == context.target(request)
 
 
 def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node], unsafe: frozenset[fx.Node]) -> int:

@@ -17,13 +17,13 @@ from torch import Tensor, fx
 
 from ptqc import ops
 from ptqc.fusions import apply_fusions, takes_operand
-from ptqc.passes.lower.in_place import is_in_place
+from ptqc.passes.lower.in_place import is_in_place, written
 from ptqc.pipeline import Context
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
 __all__ = [
-    "Product", "accepts", "erase_unused", "is_movable", "operands_of", "product_node", "request_of", "rewrite", "x_of",
+    "Product", "accepts", "erase_unused", "movable", "operands_of", "product_node", "request_of", "rewrite", "x_of",
 ]  # fmt: skip
 
 
@@ -91,10 +91,15 @@ def rewrite(site: fx.Node, request: KernelRequest, x: fx.Node, operands: Sequenc
     site.args = (x, site.args[1], list(operands))
 
 
-def is_movable(site: fx.Node, unsafe: frozenset[fx.Node]) -> bool:
-    """True if a site may be computed later, or together with others: nothing writes what it reads (`in_place.written`),
-    and no derivative goes through it."""
-    return not request_of(site).needs_grad and unsafe.isdisjoint([x_of(site), *operands_of(site)])
+def movable(graph: fx.Graph, context: Context) -> tuple[list[fx.Node], frozenset[fx.Node]]:
+    """The sites that may move, and the nodes whose memory something writes.
+
+    Such a site may be computed later, or together with others: nothing writes what it reads, and no derivative goes
+    through it.
+    """
+    unsafe = written(graph)
+    sites = [site for site in context.sites if not request_of(site).needs_grad]
+    return [site for site in sites if unsafe.isdisjoint([x_of(site), *operands_of(site)])], unsafe
 
 
 def accepts(context: Context, site: fx.Node, before: KernelRequest, after: KernelRequest, step: str) -> bool:

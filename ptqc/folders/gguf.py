@@ -15,7 +15,7 @@ from ptqc.codegen.export._gguf_config import configuration
 from ptqc.codegen.export._gguf_decode import decode_tensor
 from ptqc.codegen.export._gguf_parse import Contents, parse
 from ptqc.errors import CheckpointError, ExportError, first_line
-from ptqc.qtensor import QuantTensor
+from ptqc.folders.skeleton import places_of, put
 
 __all__ = ["is_gguf", "load_gguf"]
 
@@ -40,8 +40,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     architecture, config = configuration(contents)
     _check(contents, _placed(contents, architecture, _built(contents, config, "meta")))
     model = _built(contents, config, "cpu")
-    parameters = {id(weight): weight for weight in model.parameters()}
-    owners = _owners(model)
+    parameters = {id(place.tensor): place for place in places_of(model) if isinstance(place.tensor, nn.Parameter)}
     for at in _placed(contents, architecture, model):
         if at.stored_name in _DERIVED:
             continue
@@ -51,11 +50,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         if id(at.weight) not in parameters:
             at.weight.copy_(value)
             continue
-        parameter = nn.Parameter(value, requires_grad=False)
-        if not isinstance(value, QuantTensor):
-            parameter.requires_grad_(at.weight.requires_grad)
-        for module, attribute in owners[id(at.weight)]:
-            module._parameters[attribute] = parameter
+        put(parameters[id(at.weight)], value, at.stored_name)
     model.config._name_or_path = str(path)
     loaded: nn.Module = model.eval()
     return loaded
@@ -96,13 +91,3 @@ def _check(contents: Contents, placed: Any) -> None:
     if unknown:
         more = f" ({len(unknown)} such tensors)" if len(unknown) > 1 else ""
         raise CheckpointError(f"{contents.path} has {unknown[0]}, for which its architecture has no place{more}")
-
-
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every (module, attribute) that holds a parameter, by its identity."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, weight in module._parameters.items():
-            if weight is not None:
-                found.setdefault(id(weight), []).append((module, attribute))
-    return found

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptqc import storage
 from ptqc.errors import first_line
 from ptqc.qtensor import QuantTensor
 
@@ -121,7 +122,7 @@ def stacked(pieces: Sequence[QuantTensor], shape: Sequence[int]) -> QuantTensor 
         return None
     if any((piece.spec, piece.surroundings) != (first.spec, first.surroundings) for piece in pieces):
         return None
-    parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in first.parts}
+    parts = storage.concat([piece.parts for piece in pieces], first.spec, shape[-1])
     lead, rows = tuple(shape[:-2]), [piece.shape[0] for piece in pieces]
     extras = {}
     for name in first.extras:
