@@ -24,8 +24,8 @@ from ptqc.packing import PACKINGS, pack_linear, unpack_linear
 from ptqc.spec import SCALE_DTYPES, ScaleSpec, WeightSpec
 
 __all__ = [
-    "Codes", "concat", "concat_spec", "decode", "decode_scales", "encode", "index", "part_layout", "part_names",
-    "round_scale", "row_scales", "take",
+    "Codes", "concat", "concat_spec", "decode", "decode_scales", "encode", "index", "minimum_as_zero",
+    "part_layout", "part_names", "round_scale", "row_scales", "take",
 ]  # fmt: skip
 
 Parts = dict[str, Tensor]
@@ -190,6 +190,22 @@ def _by_row(scale: Tensor, spec: WeightSpec, out_features: int) -> Tensor:
     if spec.rows == 1:
         return scale
     return scale.repeat_interleave(spec.rows or out_features, dim=-2)[..., :out_features, :]
+
+
+def minimum_as_zero(
+    codes: Tensor, scale: Tensor, minimum: Tensor, farthest: float = math.inf
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero with scale * (code - zero) = scale * code - minimum.
+
+    codes: [out, in]; scale, minimum: [out, in // group] float32. Where a group is constant (its scale is 0), or its
+    zero would lie `farthest` steps away or more, its codes become 0 and its scale the minimum itself.
+    """
+    is_flat = scale == 0
+    if farthest < math.inf:
+        is_flat = is_flat | (minimum.abs() >= scale.abs() * farthest)
+    zero = torch.where(is_flat, torch.where(minimum == 0, 0.0, 1.0), minimum / torch.where(is_flat, 1.0, scale))
+    spread = is_flat.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    return codes.masked_fill(spread, 0), torch.where(is_flat, minimum, scale), zero
 
 
 def levels(codes: Tensor, spec: WeightSpec) -> Tensor:

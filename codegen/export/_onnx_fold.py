@@ -276,7 +276,7 @@ def _tensors(parts: Sequence[ir.Value | None], spec: WeightSpec) -> dict[str, Te
 
 def _tensor(value: Any) -> Tensor:
     raw = getattr(value, "raw", None)
-    return raw.detach() if isinstance(raw, Tensor) else torch.from_numpy(np.array(value.numpy()))
+    return raw.detach().cpu() if isinstance(raw, Tensor) else torch.from_numpy(np.array(value.numpy()))
 
 
 def _is_integer(weight: Affine | str) -> bool:

@@ -56,7 +56,7 @@ def affine(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int]) 
         zero = torch.full_like(scale, 1.0 if is_ternary else float(2 ** (spec.bits - 1)))
     elif spec.zero == "min":
         assert zero is not None
-        zero = torch.where(scale == 0, 0.0, zero / torch.where(scale == 0, 1.0, scale))
+        codes, scale, zero = storage.minimum_as_zero(codes, scale, zero)
     assert zero is not None
     block = in_features // scale.shape[1]
     stored = scale if spec.scale.bits is not None else scale.to(SCALE_DTYPES[spec.scale.dtype])

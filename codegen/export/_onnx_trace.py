@@ -110,7 +110,7 @@ def language_model(model: nn.Module, *, takes_mask: bool, has_cache: bool) -> Tr
     inputs: dict[str, Any] = {"input_ids": ids}
     axes: dict[str, Any] = {"input_ids": {0: "batch", 1: "sequence"}}
     if takes_mask:
-        inputs["attention_mask"] = torch.ones(_BATCH, _SEQUENCE + (_PAST if has_cache else 0), dtype=ids.dtype)
+        inputs["attention_mask"] = ids.new_ones(_BATCH, _SEQUENCE + (_PAST if has_cache else 0))
         axes["attention_mask"] = {0: "batch", 1: "past + sequence" if has_cache else "sequence"}
     if not has_cache:
         return Trace(_Logits(model), inputs, axes, tuple(inputs), ("logits",), "model.")

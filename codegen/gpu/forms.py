@@ -176,7 +176,7 @@ def logical_parts(
         order = torch.arange(shape[0], device=codes.device).view(2, -1).T.flatten()
         codes, scale, zero = codes[order], scale[order], None if zero is None else zero[order]
     if spec.zero == "min" and zero is not None:
-        return _minimum_to_zero(codes, scale, zero)
+        return storage.minimum_as_zero(codes, scale, zero, _FARTHEST_ZERO)
     return codes, scale, zero
 
 
@@ -215,17 +215,6 @@ def _scale_words(
     else:
         words = pad(listed, (0, listed.shape[2] % 2)).to(torch.float16).view(torch.int32)
     return _transposed(words.flatten(1), outputs), norm
-
-
-def _minimum_to_zero(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and zero with scale * (code - zero) = scale * code - minimum.
-
-    Where a group is constant but for what 16 bits cannot see, its codes become 0 and its scale the minimum itself.
-    """
-    is_flat = (minimum.abs() >= scale.abs() * _FARTHEST_ZERO) | (scale == 0)
-    zero = torch.where(is_flat, torch.where(minimum == 0, 0.0, 1.0), minimum / torch.where(is_flat, 1.0, scale))
-    spread = is_flat.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
-    return codes.masked_fill(spread, 0), torch.where(is_flat, minimum, scale), zero
 
 
 def _tables(form: WeightForm, device: torch.device) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ptqc.codegen.export._onnx_forms import Affine, matmul_nbits
+from ptqc import storage
+from ptqc.codegen.export._onnx_forms import Affine, affine, matmul_nbits
 from ptqc.codegen.export.onnx import typed_copy
 from ptqc.codegen.exporters import export
 from ptqc.errors import ExportError
@@ -166,6 +167,19 @@ def test_packed_weights_take_the_bytes_of_their_codes(tmp_path):
         (tensor,) = report.tensors
         assert tensor.nbytes == model[0].weight.nbytes
         assert report.nbytes < 1.03 * tensor.nbytes
+
+
+def test_a_group_that_is_nothing_but_its_minimum():
+    """Its scale is zero, so that no zero point in units of it can stand for the minimum."""
+    spec = WeightSpec.parse("int4g32m")
+    codes = torch.randint(0, 16, (3, 64), dtype=torch.uint8)
+    scale, minimum = torch.full((3, 2), 0.25), torch.full((3, 2), 0.5)
+    scale[1, 0] = 0
+    parts = storage.encode(storage.Codes(codes, scale, minimum), spec)
+    found = affine(parts, spec, (3, 64))
+    numbers = (found.codes.float() - found.zero.repeat_interleave(32, 1)) * found.scale.repeat_interleave(32, 1)
+    assert torch.equal(numbers, storage.decode(parts, spec, (3, 64), torch.float32))
+    assert (numbers[1, :32] == -0.5).all()
 
 
 def test_words_along_the_inputs():
