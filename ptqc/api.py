@@ -24,7 +24,7 @@ from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
 from ptqc.plan import plan_work
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules
+from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules, wants
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 
@@ -103,6 +103,7 @@ def quantize(
             quantized, report = quantize_calibrated(model, work, drawn, is_sequential=sequential, on_progress=advance)
             _reports[model] = report
             skipped += [Skipped(name, reason) for name, reason in report.skipped.items()]
+            report.skipped |= {entry.name: entry.reason for entry in left if wants(entry.name, rules)}
     remember(model, recipe_rows(rules))
     if hasattr(model, "save_pretrained"):
         from ptqc.folders.hf import attach  # here: plain modules need no transformers

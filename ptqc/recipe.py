@@ -21,7 +21,7 @@ from ptqc.transforms import Member, Transform, surround
 
 __all__ = [
     "Recipe", "Rule", "fitted_spec", "load_recipe", "make_method", "make_rule", "recipe_of", "recipe_rows",
-    "recipe_to_yaml", "remember", "requested_rules", "rule_for",
+    "recipe_to_yaml", "remember", "requested_rules", "rule_for", "wants",
 ]  # fmt: skip
 
 
@@ -238,6 +238,12 @@ def recipe_of(model: nn.Module) -> tuple[Mapping[str, Any], ...]:
 def rule_for(name: str, recipe: Recipe) -> Rule | None:
     """The first rule whose pattern matches the parameter `name`."""
     return next((rule for rule in recipe if matches(name, [rule.pattern])), None)
+
+
+def wants(name: str, recipe: Recipe) -> bool:
+    """Whether a weight of this name is to be quantized."""
+    rule = rule_for(name, recipe)
+    return rule is not None and rule.method is not None
 
 
 def fitted_spec(rule: Rule, shape: Sequence[int]) -> WeightSpec:

@@ -171,3 +171,20 @@ def test_a_compiled_model_agrees_with_eager(seeded):
     with torch.no_grad():
         expected = model(X)
         assert distance(torch.compile(model, backend="ptqc", options={"exact": True})(X), expected) < 1e-4
+
+
+def test_weights_that_the_spec_cannot_hold_are_reported(seeded):
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept, self.small, self.wide = nn.Linear(20, 64), nn.Linear(20, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.wide(torch.relu(self.small(x) + self.kept(x)))
+
+    model = Narrow().eval()
+    rules = [{"pattern": "kept*", "method": "none"}, {"pattern": "*", "method": "quip_sharp", "bits": 2}]
+    ptqc.quantize(model, recipe=rules, calibration=[{"x": torch.randn(64, 20)}], progress=False)
+    skipped = ptqc.report_of(model).skipped
+    assert list(skipped) == ["small.weight"] and "in_features 20" in skipped["small.weight"]
+    assert isinstance(model.wide.weight, QuantTensor)
