@@ -159,7 +159,7 @@ def our_candidate(name: str, act: str, n: int, k: int, dtype: torch.dtype, bench
     from ptqc.storage import part_names
 
     exact = decode(dict(zip(part_names(spec), parts, strict=True)), spec, (n, k), torch.float32)
-    prepared = list(kernel.prepare(parts))
+    prepared = kernel.layout.prepare(parts)
     size = sum(part.numel() * part.element_size() for part in prepared)
     copies = [prepared, *([part.clone() for part in prepared] for _ in range(_copies(size, bench) - 1))]
     products = [lambda x, copy=copy: kernel.call(*kernel.arguments(x, copy, [])) for copy in copies]

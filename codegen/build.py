@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ptqc import ops
 from ptqc.errors import PtqcError
+from ptqc.held import AS_STORED, OneWay
 from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
 
 __all__ = ["cache_folder", "kernel_for", "refusals_of", "target_for"]
@@ -76,10 +77,10 @@ def kernel_for(request: KernelRequest) -> Kernel:
 def _load(target: str, source: KernelSource, request: KernelRequest, refusals: tuple[tuple[str, str], ...]) -> Kernel:
     if source.operator is not None:
         spec = str(request.spec)
-        return Kernel(target, ops.linear, list, lambda x, parts, rest: (x, parts, spec, *(rest or [None])), refusals)
+        return Kernel(target, ops.linear, AS_STORED, lambda x, parts, rest: (x, parts, spec, *(rest or [None])), refusals)
     module = load_text(source.text)
-    width = request.width
-    return Kernel(target, _operator(module), module.prepare, lambda x, parts, rest: (x, parts, rest, width), refusals)
+    width, layout = request.width, getattr(module, "LAYOUT", None) or OneWay(module.prepare)
+    return Kernel(target, _operator(module), layout, lambda x, parts, rest: (x, parts, rest, width), refusals)
 
 
 def load_text(text: str) -> ModuleType:

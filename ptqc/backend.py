@@ -23,6 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
+from ptqc.identity import mark_of
 from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
 from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
@@ -37,7 +38,8 @@ log = logging.getLogger("ptqc")
 log_as_asked()
 
 _RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
-_OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", "free", "exact", "inductor")
+_SWITCHES = ("free", "exact", "keep_stored")
+_OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", *_SWITCHES, "inductor")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class _Options:
     selection: Selection | None = None
     free: bool = False
     exact: bool = False
+    keep_stored: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -54,7 +57,7 @@ class _Options:
         """Check what the user passed. Raises: PtqcError naming the options there are."""
         given = dict(options or {})
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
-        switches = {name: bool(given.get(name, False)) for name in ("free", "exact")}
+        switches = {name: bool(given.get(name, False)) for name in _SWITCHES}
         common = switches | {"inductor": given.get("inductor", {})}
         if "recipe" in given:
             recipe = load_recipe(given["recipe"])
@@ -97,7 +100,7 @@ def ptqc(
     _warn_of_break(gm, parsed)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
-    context = Context(kernel_for, target_for, refusals_of, parsed.exact)
+    context = Context(kernel_for, target_for, refusals_of, parsed.exact, parsed.keep_stored)
     store = parsed.selection.store if parsed.selection else None
     lowering(graph.parameters, names, store).run(graph.module, context)
     note_kernels(context.chosen)
@@ -122,33 +125,42 @@ class _Compiled:
         self, gm: fx.GraphModule, graph: Unlifted, compiled: Callable[..., Any], options: Any, mode: str | None
     ) -> None:
         self._compiled, self._kept = compiled, tuple(graph.kept)
-        self._expected = [(i, weakref.ref(p)) for i, p in zip(graph.positions, graph.parameters.values(), strict=True)]
+        held = list(zip(graph.positions, graph.parameters.values(), strict=True))
+        self._floats = [(i, weakref.ref(value)) for i, value in held if not isinstance(value, QuantTensor)]
+        self._stored = [(i, weakref.ref(value.mark)) for i, value in held if isinstance(value, QuantTensor)]
         self._source = _copy(gm)
         self._compile = {"backend": ptqc, "options": options, **({"mode": mode} if mode else {})}
         self._variants: dict[tuple[int, ...], tuple[list[Any], Callable[..., Any]]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        for index, parameter in self._expected:
+        for index, parameter in self._floats:
             if arguments[index] is not parameter():
+                return self._variant(arguments)(*[arguments[i] for i in self._kept])
+        for index, mark in self._stored:
+            if arguments[index].mark is not mark():
                 return self._variant(arguments)(*[arguments[i] for i in self._kept])
         return self._compiled(*[arguments[i] for i in self._kept])
 
     def _variant(self, arguments: Sequence[Any]) -> Callable[..., Any]:
-        parameters = [arguments[index] for index, _ in self._expected]
-        key = tuple(map(id, parameters))
+        expected = [*self._floats, *self._stored]
+        parameters = [arguments[index] for index, _ in expected]
+        marks = list(map(mark_of, parameters))
+        key = tuple(map(id, marks))
         if key not in self._variants:
-            for parameter, (_, expected) in zip(parameters, self._expected, strict=True):
-                call_alike(parameter, expected())
+            for parameter, (_, other) in zip(parameters, expected, strict=True):
+                call_alike(parameter, other())
             module = unlift(self._source, arguments).module
             module.meta = {}
-            self._variants[key] = (parameters, _recompile(module, self._compile))
+            self._variants[key] = (marks, _recompile(module, self._compile))
         return self._variants[key][1]
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph module of its own, since dynamo goes on using its graph."""
+    """A graph module of its own, since dynamo goes on using its graph; it refers to no input."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        node.meta.pop("grapharg", None)  # a module with weak references to its parameters cannot be moved
     return fx.GraphModule(gm, graph)
 
 

@@ -13,8 +13,8 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ptqc.identity import WeightTable
 from ptqc.pipeline import ChosenKernel, Site
 from ptqc.qtensor import QuantTensor
 from ptqc.stored import stored_forms
@@ -23,7 +23,7 @@ __all__ = ["chosen_kernels", "kernel_table", "log_as_asked", "note_kernels"]
 
 log = logging.getLogger("ptqc.kernels")
 
-_chosen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_chosen: WeightTable[list[ChosenKernel]] = WeightTable()
 """First weight of a site -> its kernels, each once, whatever the number of graphs."""
 
 
@@ -31,7 +31,7 @@ def note_kernels(chosen: Iterable[tuple[Site, ChosenKernel]]) -> None:
     """Log the kernels of one graph and remember them for the table."""
     for site, kernel in chosen:
         log.info("%s", kernel)
-        known: list[ChosenKernel] = _chosen.setdefault(site.weights[0], [])
+        known = _chosen.setdefault(site.weights[0], [])
         if kernel not in known:
             known.append(kernel)
 

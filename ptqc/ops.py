@@ -5,6 +5,7 @@ one for tracing, and a derivative towards the activation.
     ptqc::bmm(x, parts, spec)                 x [E, T, in] and W [E, out, in]    -> x @ W.mT
     ptqc::embedding(ids, parts, spec, shape, dtype)   rows of W [rows, width]
     ptqc::dequantize(parts, spec, shape, dtype)       W itself, shape [..., out, in]
+    ptqc::restore(prepared, order, part)              a part that only a kernel's order of it holds (ptqc.held)
 
 and what stands around it (`ptqc.surroundings`):
 
@@ -26,9 +27,10 @@ from torch import Tensor
 from ptqc import activations, storage
 from ptqc import hadamard as rotations
 from ptqc.act_spec import ActSpec
+from ptqc.held import order_called
 from ptqc.spec import WeightSpec
 
-__all__ = ["bmm", "dequantize", "embedding", "fake_quantize", "hadamard", "hadamard_back", "linear"]
+__all__ = ["bmm", "dequantize", "embedding", "fake_quantize", "hadamard", "hadamard_back", "linear", "restore"]
 
 _LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
 for _schema in (
@@ -36,6 +38,7 @@ for _schema in (
     "bmm(Tensor x, Tensor[] parts, str spec) -> Tensor",
     "embedding(Tensor ids, Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
     "dequantize(Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "restore(Tensor[] prepared, str order, str part) -> Tensor",
     "hadamard(Tensor x, str name) -> Tensor",
     "hadamard_back(Tensor x, str name) -> Tensor",
     "fake_quantize(Tensor x, str act, Tensor? scale) -> Tensor",
@@ -46,6 +49,7 @@ linear = torch.ops.ptqc.linear.default
 bmm = torch.ops.ptqc.bmm.default
 embedding = torch.ops.ptqc.embedding.default
 dequantize = torch.ops.ptqc.dequantize.default
+restore = torch.ops.ptqc.restore.default
 hadamard = torch.ops.ptqc.hadamard.default
 hadamard_back = torch.ops.ptqc.hadamard_back.default
 fake_quantize = torch.ops.ptqc.fake_quantize.default
@@ -80,6 +84,10 @@ def _embedding(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[
         return _dequantize(parts, spec, shape, dtype)[ids]
     rows = storage.decode(*taken, (ids.numel(), shape[1]), dtype)
     return rows.view(*ids.shape, shape[1])
+
+
+def _restore(prepared: Sequence[Tensor], order: str, part: str) -> Tensor:
+    return order_called(order).restore(part, prepared)
 
 
 def _hadamard(x: Tensor, name: str) -> Tensor:
@@ -121,6 +129,11 @@ def _dequantize_fake(parts: Sequence[Tensor], spec: str, shape: Sequence[int], d
     return parts[0].new_empty(tuple(shape), dtype=dtype)
 
 
+def _restore_fake(prepared: Sequence[Tensor], order: str, part: str) -> Tensor:
+    shape, dtype = order_called(order).part_layout[part]
+    return prepared[0].new_empty(shape, dtype=dtype)
+
+
 def _same_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -130,6 +143,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
     "bmm": (_bmm, _bmm_fake),
     "embedding": (_embedding, _embedding_fake),
     "dequantize": (_dequantize, _dequantize_fake),
+    "restore": (_restore, _restore_fake),
     "hadamard": (_hadamard, _same_fake),
     "hadamard_back": (_hadamard_back, _same_fake),
     "fake_quantize": (_fake_quantize, _same_fake),

@@ -73,7 +73,7 @@ class Context:
 
     kernel: finds the kernel for a request, where the graph is lowered. target: the name of the target that would make
     it; refusals: the targets asked before, and why they refuse. exact: kernels must not quantize activations on their
-    own account. quantized: the stored weight behind each get_attr node. kept: the get_attr nodes of weights left in
+    own account. keeps_stored: weights keep their parts besides what kernels hold. quantized: the stored weight behind each get_attr node. kept: the get_attr nodes of weights left in
     float, and why. sites: the products that wait for a kernel. chosen: every site with its kernel, in graph order.
     """
 
@@ -81,10 +81,12 @@ class Context:
     target: Callable[[KernelRequest], str | None] = _no_target
     refusals: Callable[[KernelRequest], Sequence[tuple[str, str]]] = _no_refusals
     exact: bool = False
+    keeps_stored: bool = False
     quantized: dict[fx.Node, QuantTensor] = field(default_factory=dict)
     kept: dict[fx.Node, str] = field(default_factory=dict)
     sites: dict[fx.Node, Site] = field(default_factory=dict)
     chosen: list[tuple[Site, ChosenKernel]] = field(default_factory=list)
+    unused: list[object] = field(default_factory=list)
 
 
 class Pass(ABC):

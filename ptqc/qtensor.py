@@ -7,6 +7,10 @@ quantized model is right everywhere and fast where we recognise the operation. O
 What is done around the stored matrix (`ptqc.surroundings`) is part of the weight: products with it run those steps,
 and `dequantize` undoes them.
 
+After compilation a weight may hold some of its parts only as a kernel reads them (`ptqc.held`); whoever asks for
+`parts` gets them anew. The tensors themselves are under other names than the parts (`_slot`), and those of parts that
+were given up are on the meta device, for the guards of graphs that were traced before.
+
 Axes: the parts store [..., out, in] with groups along `in`. `is_transposed` says that the tensor itself looks like
 [..., in, out] (the weight of a Conv1D, or a view by `.t()`).
 """
@@ -22,6 +26,8 @@ from torch.utils._pytree import tree_map_only
 
 from ptqc import ops, storage
 from ptqc.errors import PtqcError
+from ptqc.held import Held, order_called
+from ptqc.identity import Mark
 from ptqc.spec import WeightSpec
 from ptqc.surroundings import Surroundings, apply, steps_after, steps_before, steps_undoing
 
@@ -29,6 +35,7 @@ __all__ = ["QuantTensor"]
 
 _aten = torch.ops.aten
 _TRIVIAL = Surroundings()
+_PARTS = frozenset({"codes", "scale", "scale_outer", "scale_offset", "zero", "zero_outer"})
 
 
 class QuantTensor(torch.Tensor):
@@ -45,7 +52,10 @@ class QuantTensor(torch.Tensor):
     stored_shape: tuple[int, ...]
     is_transposed: bool
     surroundings: Surroundings
-    codes: Tensor
+    held: Held | None
+    given_up: frozenset[str]
+    stays_stored: bool
+    mark: Mark
 
     @staticmethod
     def __new__(
@@ -57,16 +67,22 @@ class QuantTensor(torch.Tensor):
         is_transposed: bool = False,
         surroundings: Surroundings = _TRIVIAL,
         extras: Mapping[str, Tensor] | None = None,
+        held: Held | None = None,
     ) -> "QuantTensor":
         shape, strides = list(stored_shape), _contiguous_strides(stored_shape)
         if is_transposed:
             shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+        device = held.prepared[0].device if held else parts["codes"].device
         self: QuantTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=dtype, device=parts["codes"].device, requires_grad=False
+            cls, shape, strides=strides, dtype=dtype, device=device, requires_grad=False
         )
         self.spec, self.stored_shape, self.is_transposed = spec, tuple(stored_shape), is_transposed
+        self.held, self.given_up, self.stays_stored, self.mark = None, frozenset(), False, Mark()
         for name in storage.part_names(spec):
-            setattr(self, name, parts[name])
+            if name in parts:
+                setattr(self, _slot(name), parts[name])
+        if held is not None:
+            self._hold(held, [name for name in held.order.names if name not in parts])
         self.surroundings = surroundings
         for name in surroundings.extra_names:
             setattr(self, name, (extras or {})[name])
@@ -96,8 +112,19 @@ class QuantTensor(torch.Tensor):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The stored tensors by name, in the order in which ops take them."""
+        """The stored tensors by name, in the order in which ops take them; those given up are made anew."""
         return {name: getattr(self, name) for name in storage.part_names(self.spec)}
+
+    def __getattr__(self, name: str) -> Tensor:
+        """A part by its name: `weight.codes`."""
+        slot = self.__dict__.get(_slot(name))
+        held = self.__dict__.get("held")  # after the slot: that is emptied once `held` is set
+        if name not in _PARTS or slot is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if held is None or name not in self.given_up:
+            return slot
+        restored: Tensor = ops.restore(list(held.prepared), held.order.called, name)
+        return restored
 
     @property
     def extras(self) -> dict[str, Tensor]:
@@ -112,7 +139,7 @@ class QuantTensor(torch.Tensor):
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of all parts and extras."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.slots | self.extras).values())
 
     def dequantize(self) -> Tensor:
         """The numbers it stands for, as a plain tensor of its own shape and dtype, whatever happens to inputs."""
@@ -128,19 +155,62 @@ class QuantTensor(torch.Tensor):
         what = f"{self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
         return f"QuantTensor({what}{turned}{around})"
 
+    # ---------------------------------------------------------------- holding parts as a kernel reads them
+
+    @property
+    def slots(self) -> dict[str, Tensor]:
+        """The parts as far as they are there: those given up are on the meta device."""
+        return {name: getattr(self, _slot(name)) for name in storage.part_names(self.spec)}
+
+    def give_up(self, held: Held) -> None:
+        """Hold the parts that `held` names only as a kernel reads them from now on."""
+        self._hold(held, held.order.names)
+
+    def _hold(self, held: Held, given_up: Sequence[str]) -> None:
+        for index, tensor in enumerate(held.prepared):
+            setattr(self, f"_prepared_{index}", tensor)
+        self.held, self.given_up = held, frozenset(given_up)
+        for name in given_up:
+            shape, dtype = held.order.part_layout[name]
+            setattr(self, _slot(name), torch.empty(shape, dtype=dtype, device="meta"))
+
+    def take_back(self) -> None:
+        """Hold all parts as they are stored, besides what kernels read, for good."""
+        for name, part in self.parts.items():
+            setattr(self, _slot(name), part)
+        self.given_up, self.stays_stored = frozenset(), True
+
+    def forget_kernels(self) -> None:
+        """Hold all parts as they are stored and be another weight to every compiled graph: the values will change."""
+        if self.held is not None:
+            self.take_back()
+            for index in range(len(self.held.prepared)):
+                delattr(self, f"_prepared_{index}")
+        self.held, self.mark, self.stays_stored = None, Mark(), False
+
     # ---------------------------------------------------------------- being a tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         meta = (self.spec, self.stored_shape, self.dtype, self.is_transposed, self.surroundings)
-        return list(self.tensors), meta
+        names = storage.part_names(self.spec)
+        if self.held is None:
+            return [*map(_slot, names), *self.surroundings.extra_names], (*meta, None)
+        order = self.held.order
+        names = [name for name in names if name not in order.names]
+        names += [f"prepared_{index}" for index in range(len(self.held.prepared))]
+        return [*map(_slot, names), *self.surroundings.extra_names], (*meta, order.called)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], meta: tuple[Any, ...], outer_size: object, outer_stride: object
     ) -> "QuantTensor":
-        return QuantTensor(inner, *meta, extras=inner)
+        *known, order = meta
+        parts = {name[1:]: part for name, part in inner.items() if name.startswith("_")}
+        prepared = tuple(part for name, part in parts.items() if name.startswith("prepared_"))
+        held = None if order is None else Held(order_called(order), prepared)
+        return QuantTensor(parts, *known, extras=inner, held=held)
 
     def _stable_hash_for_caching(self) -> str:
         _, meta = self.__tensor_flatten__()
@@ -157,6 +227,19 @@ class QuantTensor(torch.Tensor):
         meta = {"spec": self.spec, "stored_shape": self.stored_shape, "dtype": self.dtype}
         around = {"is_transposed": self.is_transposed, "surroundings": self.surroundings, "extras": self.extras}
         return QuantTensor(parts, **(meta | around | changes))
+
+    def _alias(self, is_transposed: bool | None = None) -> "QuantTensor":
+        """A view of the weight, turned or not, that holds what it holds."""
+        alias, held = _aten.alias.default, self.held
+        if held is not None:
+            held = Held(held.order, tuple(map(alias, held.prepared)))
+        view = self.with_parts(
+            {name: alias(part) for name, part in self.slots.items() if name not in self.given_up},
+            is_transposed=self.is_transposed if is_transposed is None else is_transposed,
+            extras={name: alias(extra) for name, extra in self.extras.items()},
+            held=held,
+        )
+        return view
 
     def _each(self, function: Callable[[Tensor], Tensor], **changes: Any) -> "QuantTensor":
         extras = {name: function(extra) for name, extra in self.extras.items()}
@@ -196,6 +279,11 @@ def _rebuild(
 
 
 torch.serialization.add_safe_globals([_rebuild])
+
+
+def _slot(part: str) -> str:
+    """The attribute that holds a part."""
+    return f"_{part}"
 
 
 def _contiguous_strides(shape: Sequence[int]) -> list[int]:
@@ -305,7 +393,7 @@ def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
 @_rule(_aten.t.default)
 def _t(weight: QuantTensor) -> Any:
     return (
-        weight._each(_aten.alias.default, is_transposed=not weight.is_transposed)
+        weight._alias(not weight.is_transposed)
         if weight.ndim == 2
         else NotImplemented
     )
@@ -315,7 +403,7 @@ def _t(weight: QuantTensor) -> Any:
 def _transpose(weight: QuantTensor, first: int, second: int) -> Any:
     if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1}:
         return NotImplemented
-    return weight._each(_aten.alias.default, is_transposed=not weight.is_transposed)
+    return weight._alias(not weight.is_transposed)
 
 
 @_rule(_aten.permute.default)
@@ -324,19 +412,19 @@ def _permute(weight: QuantTensor, order: Sequence[int]) -> Any:
     lead = list(range(weight.ndim - 2))
     if order == [*lead, weight.ndim - 1, weight.ndim - 2]:
         return _transpose(weight, -1, -2)
-    return weight._each(_aten.alias.default) if order == list(range(weight.ndim)) else NotImplemented
+    return weight._alias() if order == list(range(weight.ndim)) else NotImplemented
 
 
 @_rule(_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
 def _view_all(weight: QuantTensor) -> QuantTensor:
-    return weight._each(_aten.alias.default)
+    return weight._alias()
 
 
 @_rule(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default)
 def _same_shape(weight: QuantTensor, shape: Sequence[int], **_: Any) -> Any:
     wanted = [old if new == -1 else new for old, new in zip(weight.shape, shape, strict=False)]
     return (
-        weight._each(_aten.alias.default)
+        weight._alias()
         if tuple(wanted) == weight.shape and len(shape) == weight.ndim
         else NotImplemented
     )
@@ -364,8 +452,10 @@ def _copy_(weight: Any, source: Any, non_blocking: bool = False) -> Any:
             f"cannot copy {source!r} into {weight!r}: they must have one spec and shape and surroundings; "
             "quantize the source alike, or replace the parameter (load_state_dict(..., assign=True))"
         )
+    weight.forget_kernels()
+    given = source.tensors
     for name, tensor in weight.tensors.items():
-        tensor.copy_(getattr(source, name), non_blocking)
+        tensor.copy_(given[name], non_blocking)
     return weight
 
 
@@ -400,7 +490,7 @@ def _select(weight: QuantTensor, dim: int, index: int) -> Any:
 def _slice(weight: QuantTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
     size = weight.shape[dim]
     if (start or 0) == 0 and (end is None or end >= size) and step == 1:
-        return weight._each(_aten.alias.default)
+        return weight._alias()
     return _taken(weight, dim, slice(start, end, step))
 
 
@@ -439,7 +529,7 @@ def _index_select(weight: QuantTensor, dim: int, index: Tensor) -> Any:
 
 @_rule(_aten.is_pinned.default)
 def _is_pinned(weight: QuantTensor, device: Any = None) -> bool:
-    return all(tensor.is_pinned() for tensor in weight.tensors.values())
+    return all(tensor.is_pinned() for tensor in (weight.slots | weight.extras).values())
 
 
 @_rule(_aten._pin_memory.default)
@@ -451,7 +541,8 @@ def _pin_memory(weight: QuantTensor, device: Any = None) -> QuantTensor:
 def _equal(a: Any, b: Any) -> Any:
     if not (isinstance(a, QuantTensor) and isinstance(b, QuantTensor)) or _kind(a) != _kind(b):
         return NotImplemented
-    return all(torch.equal(tensor, getattr(b, name)) for name, tensor in a.tensors.items())
+    others = b.tensors
+    return all(torch.equal(tensor, others[name]) for name, tensor in a.tensors.items())
 
 
 def _like(func: Any) -> Callable[..., Any]:

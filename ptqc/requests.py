@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ptqc.act_spec import ActSpec
 from ptqc.fusions import narrows, takes_operand
+from ptqc.held import Layout
 from ptqc.registry import Registry
 from ptqc.spec import WeightSpec
 
@@ -82,7 +83,8 @@ class KernelRequest:
 class KernelSource:
     """The text of a kernel: a Python module that defines
 
-    `prepare(parts: list[Tensor]) -> list[Tensor]`, run once on the stored parts, and
+    `LAYOUT: ptqc.held.Layout`, which prepares the stored parts, once, and can give them back, or only
+    `prepare(parts: list[Tensor]) -> list[Tensor]`; and
     `run(x: Tensor, parts: list[Tensor], operands: list[Tensor]) -> Tensor`, x being [rows, in], the operands those of
     `KernelRequest.operands` (per row: [rows, width]), the result [rows, width].
 
@@ -95,17 +97,17 @@ class KernelSource:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A loaded kernel: the graph calls `call(*arguments(x, parts, operands))`, parts being those of `prepare`."""
+    """A loaded kernel: the graph calls `call(*arguments(x, parts, operands))`, parts being those of `layout`."""
 
     target: str
     call: Callable[..., Tensor]
-    prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    layout: Layout
     arguments: Callable[[Any, Sequence[Any], Sequence[Any]], tuple[Any, ...]]
     refusals: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor] = ()) -> Tensor:
         """The product for x [..., in] and the stored parts, prepared on the spot: for tests and trials."""
-        return self.call(*self.arguments(x, list(self.prepare(list(parts))), list(operands)))
+        return self.call(*self.arguments(x, self.layout.prepare(list(parts)), list(operands)))
 
 
 class Emitter(Protocol):

@@ -1,6 +1,6 @@
 """What the backend knows about parameters across graphs and recompiles: stored forms, reasons, names.
 
-All keys are parameters by identity and weak. A parameter is quantized once per rule, whatever the number of graphs that
+All keys are parameters by identity and weak (`ptqc.identity`). A parameter is quantized once per rule, whatever the number of graphs that
 read it: a recompile must not quantize again, and cannot once the float values are freed. What one graph of a model
 decides about a parameter (tied, a router, hidden by a graph break) holds in all of them.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ptqc.errors import PtqcError
+from ptqc.identity import WeightTable
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, rule_for
 from ptqc.select import matches
@@ -34,11 +34,11 @@ __all__ = [
 
 log = logging.getLogger("ptqc")
 
-_stored: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_pinned: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_heads: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_stored: WeightTable[dict[Rule, QuantTensor]] = WeightTable()
+_kept: WeightTable[str] = WeightTable()
+_pinned: WeightTable[str] = WeightTable()
+_heads: WeightTable[bool] = WeightTable()
+_names: WeightTable[str] = WeightTable()
 
 
 def stored_weights(model: nn.Module) -> dict[str, QuantTensor]:
@@ -98,11 +98,14 @@ def learn_model() -> None:
 
 def name_of(parameter: nn.Parameter, otherwise: str) -> str:
     """Qualified name of a parameter in the outermost model seen, else what dynamo calls it."""
-    return str(_names.get(parameter, otherwise))
+    return _names.get(parameter, otherwise)
 
 
-def call_alike(parameter: nn.Parameter, other: nn.Parameter | None) -> None:
-    """Give a parameter the name and the part of another that stands in the same place of a module of the same class."""
+def call_alike(parameter: nn.Parameter, other: object) -> None:
+    """Give a parameter the name and the part of another that stands in the same place of a module of the same class.
+
+    other: that parameter, its mark, or None where it is gone.
+    """
     if other is None:
         return
     if other in _names:
@@ -127,18 +130,18 @@ class Selection:
         if reason is not None:
             return reason
         assert rule is not None and rule.method is not None
-        made: dict[Rule, QuantTensor] = _stored.setdefault(weight, {})
+        made = _stored.setdefault(weight, {})
         if rule not in made:
             made[rule] = rule.quantize(weight, name=name, is_transposed=use.input_axis == -2)
         return made[rule]
 
     def _reason_to_keep(self, name: str, use: WeightUse, rule: Rule | None) -> str | None:
-        if rule in _stored.get(use.parameter, {}):
+        if rule is not None and rule in _stored.get(use.parameter, {}):
             return None
         if use.reason is not None:
             _pinned[use.parameter] = use.reason
         checks: tuple[tuple[Callable[[], bool], str], ...] = (
-            (lambda: use.parameter in _pinned, str(_pinned.get(use.parameter))),
+            (lambda: use.parameter in _pinned, _pinned.get(use.parameter, "")),
             (lambda: self.include is not None and not matches(name, self.include), "not included"),
             (
                 lambda: self.include is None and use.parameter in _heads,

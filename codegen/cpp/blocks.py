@@ -53,9 +53,15 @@ class Blocks:
         """Spread values [rows, k] to [rows, padded]."""
         if self.padded == self.k:
             return values
-        column = torch.arange(self.k)
-        # Only the end of a group is padded, since all blocks of one group are as long as each other.
-        place = column // self.group * (self.per_group * self.length) + column % self.group
         wide = values.new_zeros(values.shape[0], self.padded)
-        wide[:, place] = values
+        wide[:, self._places()] = values
         return wide
+
+    def unpad(self, wide: Tensor) -> Tensor:
+        """Invert `pad`."""
+        return wide if self.padded == self.k else wide[:, self._places()]
+
+    def _places(self) -> Tensor:
+        """The place of each input: only the end of a group is padded, since all of its blocks are equally long."""
+        column = torch.arange(self.k)
+        return column // self.group * (self.per_group * self.length) + column % self.group

@@ -5,12 +5,12 @@
     offsets   likewise: what is subtracted, per unit of the sum of the inputs (zeros and minima)
     columns   [n] float32: what is multiplied at the end; all of the scale where a row has only one
 
-One load of 64 bytes then serves 16 outputs, whose sums stay in the lanes of a register, and everything that one column
+Codes come back from this exactly (`restore`), scales where float16 has held all of their bits. One load of 64 bytes then serves 16 outputs, whose sums stay in the lanes of a register, and everything that one column
 block needs is contiguous. With a gate, columns of its two halves alternate by the lanes of a vector.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from ptqc import storage
 from ptqc.codegen.cpp.blocks import Blocks
 from ptqc.codegen.cpp.levels import Level
-from ptqc.spec import WeightSpec
+from ptqc.spec import SCALE_DTYPES, WeightSpec
 
 __all__ = ["COLUMNS", "Layout"]
 
@@ -61,15 +61,49 @@ class Layout:
         scales, offsets, columns = self._split(_take(scale, rows), None if offset is None else _take(offset, rows))
         return [self._codes(named["codes"], rows), _by_columns(scales), _by_columns(offsets), columns]
 
-    def _rows(self) -> Tensor:
-        """The row of the weight behind each column, [padded]; -1 for padding."""
-        rows = torch.full((self.padded,), -1)
+    @property
+    def restorable(self) -> tuple[str, ...]:
+        """Codes, unless they stand for several weights; scales where a row of the weight has its own, and they are
+        numbers."""
+        spec = self.spec
+        if spec.vector > 1:
+            return ()
+        return ("codes",) if spec.rows != 1 or spec.scale.bits is not None else ("codes", "scale")
+
+    def restore(self, name: str, prepared: Sequence[Tensor], first: int, rows: int) -> Tensor:
+        """The codes or scales of rows [first, first + rows)."""
+        codes, scales, _, factors = prepared
+        columns = self._columns()[first : first + rows]
+        if name == "codes":
+            return self._restored_codes(codes, columns)
+        scale = factors[columns, None] if scales.numel() == 0 else _rows_of(scales, columns).float()
+        scale = scale if scales.numel() == 0 else scale * factors[columns, None]
+        return (scale / self.level.unit).to(SCALE_DTYPES[self.spec.scale.dtype])
+
+    def cut(self, prepared: Sequence[Tensor], first: int, piece: object) -> list[Tensor] | None:
+        """Column blocks lie one behind the other, so those of a piece that begins with one are a view."""
+        if not isinstance(piece, Layout) or first % COLUMNS or self.is_gated:
+            return None
+        alike = replace(self, n=piece.n, spec=replace(self.spec, scale=piece.spec.scale))
+        if alike != piece or first + piece.padded > self.padded:
+            return None
+        blocks = slice(first // COLUMNS, (first + piece.padded) // COLUMNS)
+        *by_block, factors = (*prepared[:3], prepared[3][first : first + piece.padded])
+        return [*(part[blocks] if part.numel() else part for part in by_block), factors]
+
+    def _columns(self) -> Tensor:
+        """The column of each row of the weight, [n]."""
         column = torch.arange(self.n)
         if self.is_gated:
             half = self.n // 2
             part, at = column // half, column % half
             column = (2 * (at // self.lanes) + part) * self.lanes + at % self.lanes
-        rows[column] = torch.arange(self.n)
+        return column
+
+    def _rows(self) -> Tensor:
+        """The row of the weight behind each column, [padded]; -1 for padding."""
+        rows = torch.full((self.padded,), -1)
+        rows[self._columns()] = torch.arange(self.n)
         return rows
 
     def _codes(self, codes: Tensor, rows: Tensor) -> Tensor:
@@ -85,6 +119,20 @@ class Layout:
             for j in range(1, c):
                 out |= spread[:, :, :, j].transpose(1, 2) << (self.level.width * j)
         return packed
+
+    def _restored_codes(self, packed: Tensor, columns: Tensor) -> Tensor:
+        """Stored codes of some columns: `_codes` backwards."""
+        spec, c, mask = self.spec, self.level.per_byte, 2**self.level.width - 1
+        shape, dtype = storage.part_layout(spec, (len(columns), self.blocks.k))["codes"]
+        restored = torch.empty(shape, dtype=torch.uint8)
+        for first in range(0, len(columns), _AT_ONCE):
+            slab = columns[first : first + _AT_ONCE]
+            rows = _rows_of(packed, slab)  # [rows, padded / 4c, 4]
+            spread = torch.stack([rows >> self.level.width * j & mask for j in range(c)], 2) if c > 1 else rows
+            unpacked = self.blocks.unpad(spread.reshape(len(slab), -1))
+            unpacked = unpacked ^ 0x80 if self.is_signed and not self.level.table else unpacked
+            restored[first : first + len(slab)] = spec.packer.pack(unpacked, spec.bits)
+        return restored.view(dtype)
 
     def _levels(self, codes: Tensor) -> Tensor:
         """Codes of the kernel [rows, k] uint8 from stored ones [rows, bytes]."""
@@ -123,6 +171,11 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
     taken = values[rows.clamp_min(0)]
     taken[rows < 0] = 0
     return taken
+
+
+def _rows_of(blocks: Tensor, columns: Tensor) -> Tensor:
+    """Values [n / 16, ..., 16, ...] of columns, those first: [columns, ...]; of [n / 16, groups, 16] or one axis more."""
+    return blocks.movedim(2, 1).flatten(0, 1)[columns]
 
 
 def _by_columns(values: Tensor) -> Tensor:

@@ -35,10 +35,7 @@ LAYOUT = Layout(
     n={n}, tile={tile}, lanes={lanes}, is_gated={is_gated}, is_exact={is_exact}, is_signed={is_signed},
 )
 run = Launch(SOURCE, {flags!r}, {sizes!r}, {width}, {item_bytes}, 12)
-
-
-def prepare(parts):
-    return LAYOUT.prepare(parts)
+prepare = LAYOUT.prepare
 '''
 
 

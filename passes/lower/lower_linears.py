@@ -120,6 +120,7 @@ class _Weight:
     node: fx.Node
     name: str
     stored: QuantTensor
+    attributes: dict[Tensor, str] = field(default_factory=dict)
 
     def lower(self) -> int:
         """Rewrite all uses of the weight; return how many there were."""
@@ -151,7 +152,7 @@ class _Weight:
         if self.stored.ndim == 3 and function_name(product) == "bmm":
             x = self._before(call.x, product)
             with self.module.graph.inserting_before(product):
-                made = self._call(ops.bmm, (x, self._parts(), str(self.stored.spec)))
+                made = self._call(ops.bmm, (x, self._stored_parts(), str(self.stored.spec)))
                 self._replace(product, self._after(made, None))
             return True
         return False
@@ -198,7 +199,7 @@ class _Weight:
         with self.module.graph.inserting_before(min(users)):
             steps = steps_undoing(self.stored.surroundings, self.stored.extras)
             dtype = torch.float32 if steps else self.stored.dtype
-            arguments = (self._parts(), str(self.stored.spec), list(self.stored.stored_shape), dtype)
+            arguments = (self._stored_parts(), str(self.stored.spec), list(self.stored.stored_shape), dtype)
             plain = self.surroundings.steps(steps, self._call(ops.dequantize, arguments))
             if dtype != self.stored.dtype:
                 plain = self._call(torch.ops.aten.to.dtype, (plain, self.stored.dtype))
@@ -209,14 +210,26 @@ class _Weight:
             user.replace_input_with(self.node, plain)
 
     def _parts(self) -> list[fx.Node]:
-        """get_attr nodes for the parts, each registered once per weight."""
-        nodes = []
-        for index, part in enumerate(self.stored.parts.values()):
-            attribute = f"{self.node.target}_parts_{index}"
-            if not hasattr(self.module, attribute):
-                self.module.register_buffer(attribute, part)
-            nodes.append(self.module.graph.get_attr(attribute))
-        return nodes
+        """Nodes for the parts: attributes, or what makes a part anew that the weight holds only as a kernel reads it."""
+        held, slots = self.stored.held, self.stored.slots
+        return [
+            self._call(ops.restore, ([*map(self._attribute, held.prepared)], held.order.called, name))
+            if held is not None and name in self.stored.given_up
+            else self._attribute(slot)
+            for name, slot in slots.items()
+        ]
+
+    def _stored_parts(self) -> list[fx.Node]:
+        """Nodes for the parts where the graph goes on reading them as they are stored."""
+        self.stored.take_back()
+        return self._parts()
+
+    def _attribute(self, tensor: Tensor) -> fx.Node:
+        """The attribute that holds a tensor of the weight, registered once."""
+        name = self.attributes.setdefault(tensor, f"{self.node.target}_parts_{len(self.attributes)}")
+        if not hasattr(self.module, name):
+            self.module.register_buffer(name, tensor)
+        return self.module.graph.get_attr(name)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from ptqc import storage
 from ptqc.passes.lower.epilogue_steps import activation_of, extended, following
-from ptqc.passes.lower.site import movable, operands_of, product_node, request_of, x_of
+from ptqc.passes.lower.site import movable, operands_of, parts_of, product_node, request_of, x_of
 from ptqc.pipeline import Context, Pass, Site
 from ptqc.program import value_of
 from ptqc.requests import KernelRequest
@@ -140,8 +140,9 @@ def _merged_node(
     first, operands = min(sites), operands_of(sites[0])
     shared = operands[: len(operands) - bool(single.epilogue)]
     parts: list[list[fx.Node]] = [stored for site in sites for stored in site.args[1]]  # type: ignore
-    for part in (part for stored in parts for part in stored):
-        first.prepend(part)
+    for part in (part for site in sites for part in parts_of(site)):
+        for node in (*part.all_input_nodes, part):
+            first.prepend(node)
     with module.graph.inserting_before(first):
         bias = [_bias(module, sites)] if merged.epilogue else []
         made = product_node(module.graph, merged, x_of(sites[0]), parts, [*shared, *bias], single.spec)

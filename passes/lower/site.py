@@ -23,7 +23,7 @@ from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
 __all__ = [
-    "Product", "accepts", "erase_unused", "movable", "operands_of", "product_node", "request_of", "rewrite", "x_of",
+    "Product", "accepts", "erase_unused", "movable", "operands_of", "parts_of", "product_node", "request_of", "rewrite", "x_of",
 ]  # fmt: skip
 
 
@@ -77,6 +77,11 @@ def x_of(site: fx.Node) -> fx.Node:
     x = site.args[0]
     assert isinstance(x, fx.Node)
     return x
+
+
+def parts_of(site: fx.Node) -> list[fx.Node]:
+    """The parts of all weights of a site."""
+    return [part for stored in site.args[1] for part in stored]  # type: ignore
 
 
 def operands_of(site: fx.Node) -> list[fx.Node]:

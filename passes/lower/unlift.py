@@ -47,7 +47,8 @@ def unlift(module: fx.GraphModule, inputs: Sequence[object]) -> Unlifted:
         if isinstance(value, nn.Parameter):
             root.register_parameter(f"weight_{index}", value)
             new = graph.get_attr(f"weight_{index}")
-            new.meta = dict(node.meta)
+            # A module with weak references to its quantized parameters, as a grapharg is, cannot be moved any more.
+            new.meta = {key: value for key, value in node.meta.items() if key != "grapharg"}
             parameters[new], names[new] = value, parameter_name(node)
             positions.append(index)
         else:

@@ -1,0 +1,105 @@
+"""Weights as kernels want them: each prepared once for all graphs, and then held in that order alone.
+
+A prepared weight is found again by layout and weights. What a merged product holds serves a graph that does not merge,
+as views; where such a graph came first, its tensors become views once the merged weight is there.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from ptqc import storage
+from ptqc.held import AS_STORED, Held, Layout, Order
+from ptqc.identity import Mark, WeightTable
+from ptqc.qtensor import QuantTensor
+
+__all__ = ["give_up_parts", "prepared_parts"]
+
+_Made = dict[tuple[Layout, tuple[int, ...]], tuple[list[Mark], list[TensorWeakRef]]]
+
+_prepared: WeightTable[_Made] = WeightTable()
+"""First weight -> layout and the other weights -> those (their marks, alive as long as this), what was prepared."""
+
+
+def prepared_parts(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor]:
+    """Weights of one spec, one below the other, in a layout; from another graph if that, or the weight, holds them."""
+    if layout == AS_STORED:
+        for weight in weights:
+            weight.take_back()
+    found = _known(layout, weights) or _cut(layout, weights)
+    if found is None:
+        first, *_ = weights
+        parts = storage.concat([weight.parts for weight in weights], first.spec, first.stored_shape[-1])
+        found = layout.prepare(list(parts.values()))
+    first, *others = weights
+    key = layout, tuple(id(weight.mark) for weight in others)
+    references = [TensorWeakRef(tensor) for tensor in found]
+    _prepared.setdefault(first, {})[key] = [weight.mark for weight in others], references
+    return found
+
+
+def _known(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | None:
+    first, *others = weights
+    made = _prepared.get(first, {}).get((layout, tuple(id(weight.mark) for weight in others)))
+    if made is None:
+        return None
+    found = [reference() for reference in made[1]]
+    alive = [tensor for tensor in found if tensor is not None]
+    return alive if len(alive) == len(found) else None
+
+
+def _cut(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | None:
+    held = weights[0].held
+    if held is None or len(weights) > 1:
+        return None
+    return held.order.layout.cut(held.prepared, held.order.first, layout)
+
+
+def give_up_parts(layout: Layout, weights: Sequence[QuantTensor], prepared: Sequence[Tensor]) -> list[object]:
+    """Let weights hold the parts that a layout can give back in it alone.
+
+    Returns memory that has lost its use, to be kept until nothing can run on it any more.
+    """
+    unused: list[object] = []
+    firsts = accumulate((weight.stored_shape[0] for weight in weights), initial=0)
+    for weight, first in zip(weights, firsts, strict=False):
+        if weight.held is None and not weight.stays_stored:
+            names = _exact(layout, weight, prepared, first)
+            if "codes" in names:
+                shape = (weight.stored_shape[0], weight.stored_shape[1])
+                weight.give_up(Held(Order(layout, first, weight.spec, shape, names), tuple(prepared)))
+        elif weight.held is not None and weight.held.order.layout != layout:
+            unused += _let_share(weight.held, layout, prepared, first)
+    return unused
+
+
+def _exact(layout: Layout, weight: QuantTensor, prepared: Sequence[Tensor], first: int) -> tuple[str, ...]:
+    """The parts that come back as they were: codes by construction, others if they do."""
+    parts, rows = weight.parts, weight.stored_shape[0]
+    return tuple(
+        name
+        for name in layout.restorable
+        if name == "codes" or _same_bits(layout.restore(name, prepared, first, rows), parts[name])
+    )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*(part.view(torch.uint8) for part in (a, b)))
+
+
+def _let_share(held: Held, layout: Layout, prepared: Sequence[Tensor], first: int) -> list[object]:
+    """Make the tensors of an earlier graph views of a merged weight that holds the same; return their old memory."""
+    views = layout.cut(prepared, first, held.order.layout)
+    if views is None or any(old.shape != new.shape for old, new in zip(held.prepared, views, strict=True)):
+        return []
+    memory: list[object] = []
+    for old, new in zip(held.prepared, views, strict=True):
+        if old.untyped_storage()._cdata == new.untyped_storage()._cdata:
+            continue
+        memory.append(old.untyped_storage())
+        with torch.inference_mode(old.is_inference()):
+            old.set_(new)
+    return memory
