@@ -25,7 +25,7 @@ from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
-__all__ = ["eight_bit_arguments", "eight_bit_form", "eight_bit_text", "pack_bytes", "summed_group"]
+__all__ = ["codes_of_bytes", "eight_bit_arguments", "eight_bit_form", "eight_bit_text", "pack_bytes", "summed_group"]
 
 _MATMUL = """@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
@@ -144,6 +144,23 @@ def pack_bytes(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
     zero = None if zero is None else (zero - centre) * (1 / form.factor if spec.book is None else 1)
     found = {"w_ptr": words.contiguous()} | pack_scales(scale * form.factor, zero, form, shape[1])
     return [found[name] for name in form.pointers]
+
+
+def codes_of_bytes(words: Tensor, form: WeightForm, outputs: Tensor, inputs: int) -> Tensor:
+    """Codes [outputs, inputs] uint8 of some outputs: `pack_bytes` backwards."""
+    spec, layout = form.spec, form.layout
+    found, centre = words.view(torch.uint8)[outputs], 1 << (spec.bits - 1)
+    if form.words_type == "*fp8e4nv":
+        return found[:, :inputs]
+    if spec.book is not None:
+        code_of = torch.zeros(256, dtype=torch.uint8, device=words.device)
+        levels = torch.tensor(_integer_levels(spec), device=words.device) % 256
+        code_of[levels] = torch.arange(len(levels), dtype=torch.uint8, device=words.device)
+        return code_of[found.int()][:, :inputs]
+    if layout.fields == 2:
+        blocks = found.unflatten(1, (-1, 1, layout.rows))
+        found = torch.cat([blocks & 15, blocks >> 4], 2).flatten(1)
+    return (found[:, :inputs] + centre) & ((1 << spec.bits) - 1)
 
 
 def eight_bit_arguments(request: KernelRequest, form: WeightForm) -> dict[str, str]:

@@ -8,7 +8,7 @@ that none leaves its range, and lie in pairs in 32-bit words, since nothing narr
     for each block (or group, if that is longer)    s_0 s_1 .. z_0 z_1 ..    two to a word    [rows, words, outputs]
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -18,21 +18,29 @@ from torch.nn.functional import pad
 
 from ptqc import storage
 from ptqc.codegen.gpu.decode import Subtracted, decode_integers
-from ptqc.codegen.gpu.lattices import decode_lattice, lattice_layout, lattice_tables, lattice_words
+from ptqc.codegen.gpu.lattices import (
+    decode_lattice,
+    lattice_codes,
+    lattice_layout,
+    lattice_tables,
+    lattice_words,
+)
 from ptqc.codegen.gpu.levels import byte_planes, decode_floats, decode_table
 from ptqc.codegen.gpu.ptx import HALVES, Half
-from ptqc.codegen.gpu.words import WordLayout, pack_words, word_layout
+from ptqc.codegen.gpu.words import WordLayout, pack_words, unpack_words, word_layout
 from ptqc.spec import WeightSpec
 
 __all__ = [
     "OUTPUT_STEP",
     "WeightForm",
+    "codes_of_words",
     "fields_per_scale",
     "form_of",
     "logical_parts",
     "pack_parts",
     "pack_scales",
     "padded",
+    "scales_of",
 ]
 
 OUTPUT_STEP = 128
@@ -163,6 +171,12 @@ def pack_parts(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
     return [found[name] for name in form.pointers]
 
 
+def codes_of_words(words: Tensor, form: WeightForm, outputs: Tensor, count: int) -> Tensor:
+    """The codes of some outputs, `count` to each: what `pack_parts` has packed."""
+    unpack = unpack_words if form.stride == 1 else lattice_codes
+    return unpack(words, form.layout, outputs, count)
+
+
 def logical_parts(
     parts: Sequence[Tensor], spec: WeightSpec, shape: tuple[int, int], is_interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -215,6 +229,18 @@ def _scale_words(
     else:
         words = pad(listed, (0, listed.shape[2] % 2)).to(torch.float16).view(torch.int32)
     return _transposed(words.flatten(1), outputs), norm
+
+
+def scales_of(named: Mapping[str, Tensor], form: WeightForm, inputs: int) -> Tensor:
+    """Scales [outputs with padding, in // group] float32 by the names of their pointers: `pack_scales` backwards."""
+    words = named["s_ptr"].T.contiguous()
+    if form.fields_per_scale is None:
+        return words / form.factor
+    listed = words.view(torch.float32 if form.half is None else torch.float16)
+    rows = listed.unflatten(1, (-(-inputs // form.inputs_per_row), -1))[:, :, : form.scales_per_row].flatten(1)
+    step, group = form.inputs_per_row // form.scales_per_row, form.spec.group or inputs
+    firsts = torch.arange(0, inputs, group, device=words.device) // step
+    return rows[:, firsts].float() * named["norm_ptr"] / form.factor
 
 
 def _tables(form: WeightForm, device: torch.device) -> dict[str, Tensor]:

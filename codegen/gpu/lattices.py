@@ -18,7 +18,7 @@ from ptqc.codegen.gpu.ptx import Half
 from ptqc.codegen.gpu.words import WordLayout, word_layout
 from ptqc.lattice import Lattice, Stage
 
-__all__ = ["decode_lattice", "lattice_layout", "lattice_tables", "lattice_words"]
+__all__ = ["decode_lattice", "lattice_codes", "lattice_layout", "lattice_tables", "lattice_words"]
 
 _ROWS = 16
 _FLIP = 0xE
@@ -38,6 +38,13 @@ def lattice_words(codes: Tensor, layout: WordLayout, outputs: int) -> Tensor:
     rows = filled.reshape(-1, 1, layout.rows, outputs)
     stages = [(rows >> 16 * stage & 0xFFFF).to(torch.int32) for stage in range(layout.words)]
     return torch.cat(stages, 1).to(torch.int16).reshape(-1, outputs)
+
+
+def lattice_codes(words: Tensor, layout: WordLayout, outputs: Tensor, count: int) -> Tensor:
+    """Codes [outputs, count] int64 of some outputs: `lattice_words` backwards."""
+    packed = words.view(-1, layout.words, layout.rows, words.shape[1]).index_select(3, outputs).long() & 0xFFFF
+    places = 16 * torch.arange(layout.words, device=words.device)[:, None, None]
+    return (packed << places).sum(1).reshape(-1, len(outputs)).T[:, :count].contiguous()
 
 
 def lattice_tables(lattice: Lattice) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the text of a kernel runs: `Linear.prepare` and `Linear.run` around the kernels that the text defines.
+"""What the text of a kernel runs: `Linear.layout` and `Linear.run` around the kernels that the text defines.
 
 Programs that share a tile meet in a workspace and at counters, which are zero between launches. There is one for every
 stream, and one for all CUDA graphs, made when a weight is prepared: memory that is taken while a graph is captured
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ptqc.act_spec import ActSpec
 from ptqc.activations import quantize_input
-from ptqc.codegen.gpu.eight_bit import eight_bit_form, pack_bytes, summed_group
-from ptqc.codegen.gpu.forms import WeightForm, form_of, pack_parts, padded
+from ptqc.codegen.gpu.eight_bit import eight_bit_form, summed_group
+from ptqc.codegen.gpu.forms import WeightForm, form_of, padded
 from ptqc.codegen.gpu.inputs import needs_entry
+from ptqc.codegen.gpu.order import ByteOrder, WordOrder
 from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, split_of, tile_for
 from ptqc.fusions import apply_fusions, narrows
 from ptqc.requests import KernelRequest
@@ -70,11 +71,10 @@ class Linear:
         """True if the two halves of the outputs take turns."""
         return any(map(narrows, self.epilogue))
 
-    def prepare(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The stored parts in the form that the kernels read."""
-        prepared = self._packed(parts)
-        reserve_workspace(prepared[0].device)
-        return prepared
+    @cached_property
+    def layout(self) -> WordOrder:
+        """How the kernels hold the weight."""
+        return WordOrder(self.form, reserve_workspace, f"{self.spec} {self.dtype}", self.n, self.k, self.has_gate)
 
     def run(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
         """The result for x [rows, in]."""
@@ -84,9 +84,6 @@ class Linear:
             with on_device(x.device):
                 self._launch(x.contiguous(), parts, given[:before], given[before:], out)
         return out
-
-    def _packed(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        return pack_parts(parts, self.form, (self.n, self.k), self.has_gate)
 
     def _launch(
         self, x: Tensor, parts: Sequence[Tensor], before: list[Tensor], behind: list[Tensor], out: Tensor
@@ -133,8 +130,10 @@ class EightBitLinear(Linear):
         assert isinstance(form, WeightForm)
         return form
 
-    def _packed(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        return pack_bytes(parts, self.form, (self.n, self.k), self.has_gate)
+    @cached_property
+    def layout(self) -> ByteOrder:
+        """How the kernels hold the weight."""
+        return ByteOrder(self.form, reserve_workspace, f"{self.spec} {self.form.words_type}", self.n, self.k, self.has_gate)
 
     def _launch(
         self, x: Tensor, parts: Sequence[Tensor], before: list[Tensor], behind: list[Tensor], out: Tensor

@@ -31,7 +31,7 @@ LINEAR = {kind}(
     spec="{spec}", n={n}, k={k}, dtype={dtype}, prologue={prologue}, epilogue={epilogue},
     kernels={{{names}}},{more}
 )
-prepare, run = LINEAR.prepare, LINEAR.run
+LAYOUT, run = LINEAR.layout, LINEAR.run
 '''
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Piece", "WordLayout", "pack_words", "word_layout"]
+__all__ = ["Piece", "WordLayout", "pack_words", "unpack_words", "word_layout"]
 
 _PLANES: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,),
@@ -99,3 +99,14 @@ def pack_words(codes: Tensor, layout: WordLayout, outputs: int) -> Tensor:
             bits = (fields[:, field].int() >> piece.base) & ((1 << piece.width) - 1)
             packed[:, piece.word] |= bits << piece.bit
     return packed.to(torch.int16).view(-1, outputs)
+
+
+def unpack_words(words: Tensor, layout: WordLayout, outputs: Tensor, inputs: int) -> Tensor:
+    """Codes [outputs, inputs] uint8 of some outputs: `pack_words` backwards."""
+    packed = words.view(-1, layout.words, layout.rows, words.shape[1]).index_select(3, outputs).int()
+    fields = torch.zeros(len(packed), layout.fields, layout.rows, len(outputs), dtype=torch.uint8, device=words.device)
+    for field, pieces in enumerate(layout.pieces):
+        for piece in pieces:
+            bits = packed[:, piece.word] >> piece.bit & ((1 << piece.width) - 1)
+            fields[:, field] |= (bits << piece.base).to(torch.uint8)
+    return fields.reshape(-1, len(outputs)).T[:, :inputs].contiguous()

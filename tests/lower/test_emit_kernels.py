@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ptqc.passes.lower import emit_kernels
+from ptqc.passes.lower import prepared as prepared_weights
 from tests.lower._everything import everything  # noqa: F401
 from tests.lower._graphs import lower
 from tests.lower._weights import Net, linear, normal
@@ -34,7 +34,7 @@ def test_graphs_of_one_model_share_prepared_weights():
 def test_prepared_weights_die_with_their_graphs():
     net = model()
     first = lower(net, normal(2, 64))
-    ((_, references),) = emit_kernels._prepared_parts[net.a.weight].values()
+    ((_, references),) = prepared_weights._prepared[net.a.weight].values()
     assert all(reference() is not None for reference in references)
     del first
     torch._dynamo.reset()
