@@ -81,7 +81,7 @@ def _sorted_patterns() -> Points:
 
 
 @cache
-def _index_of_short() -> npt.NDArray[np.int64]:
+def _index_of_magnitudes() -> npt.NDArray[np.int64]:
     """Index of magnitudes by sum of 3^i times (magnitude of i - 1/2)."""
     index = np.zeros(3**8, dtype=np.int64)
     keys = ((_magnitudes() - 0.5) @ (3.0 ** np.arange(8))).astype(int)
@@ -126,7 +126,7 @@ def _nearest_magnitudes(vectors: Tensor) -> tuple[Tensor, Tensor]:
     gain, pattern = gains[:, :-1].max(1)
     powers = 3.0 ** torch.arange(8, device=device)
     keys = ((patterns.T - 0.5)[pattern] * powers[order]).sum(1)
-    index = torch.from_numpy(_index_of_short()).to(device)[keys.long()]
+    index = torch.from_numpy(_index_of_magnitudes()).to(device)[keys.long()]
     far = (gains[:, -1] > gain).nonzero().squeeze(1)
     longer_gain, longer = _nearest_long(size[far], is_odd[far])
     is_better = longer_gain > gain[far]
@@ -145,6 +145,17 @@ def _nearest_long(size: Tensor, is_odd: Tensor) -> tuple[Tensor, Tensor]:
     gains -= torch.where(is_odd != (magnitudes.sum(1) % 2 == 1), 2 * cheapest, 0.0)
     gain, index = gains.max(1)
     return gain, index + _SHORT
+
+
+def _codes_of_e8p(points: Tensor) -> Tensor:
+    """Codes [n] int64 of points [n, 8] of E8P. Four times a weight is 2 mod 4, and the shift adds or takes 1."""
+    quarters = (4 * points).round().int()
+    is_up = (quarters[:, :1] & 3) == 3
+    signed = torch.where(is_up, quarters - 1, quarters + 1)
+    places = torch.arange(8, device=points.device)
+    keys = ((signed.abs() - 2) // 4).long() @ 3**places
+    signs = (signed[:, :7] < 0).long() @ (2 << places[:7])
+    return (torch.from_numpy(_index_of_magnitudes()).to(points.device)[keys] << 8) + signs + is_up[:, 0]
 
 
 def _allowed_signs(vectors: Tensor, index: Tensor) -> Tensor:
@@ -215,6 +226,16 @@ class Lattice:
             code, shift = code | stage_code << shift, shift + stage.bits
         codes = code.view(vectors.shape[:-1])
         return codes, self.points(codes)
+
+    @property
+    def is_unique(self) -> bool:
+        """True if every code has a point of its own that tells the code."""
+        return len(self.stages) == 1
+
+    def codes_of(self, points: Tensor) -> Tensor:
+        """Codes [...] int64 of points [..., 8] float32, where points are unique."""
+        (stage,) = self.stages
+        return _codes_of_e8p(points.reshape(-1, 8) / stage.unit).view(points.shape[:-1])
 
     def points(self, codes: Tensor) -> Tensor:
         """The points [..., 8] float32 of codes [...] int64."""

@@ -11,6 +11,7 @@ block needs is contiguous. With a gate, columns of its two halves alternate by t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ptqc import storage
 from ptqc.codegen.cpp.blocks import Blocks
 from ptqc.codegen.cpp.levels import Level
+from ptqc.lattice import Lattice
 from ptqc.spec import SCALE_DTYPES, WeightSpec
 
 __all__ = ["COLUMNS", "Layout"]
@@ -63,10 +65,9 @@ class Layout:
 
     @property
     def restorable(self) -> tuple[str, ...]:
-        """Codes, unless they stand for several weights; scales where a row of the weight has its own, and they are
-        numbers."""
+        """Codes, unless they are sums of points; scales where a row of the weight has its own, and they are numbers."""
         spec = self.spec
-        if spec.vector > 1:
+        if spec.book is not None and spec.book.lattice is not None and not spec.book.lattice.is_unique:
             return ()
         return ("codes",) if spec.rows != 1 or spec.scale.bits is not None else ("codes", "scale")
 
@@ -82,6 +83,8 @@ class Layout:
 
     def cut(self, prepared: Sequence[Tensor], first: int, piece: object) -> list[Tensor] | None:
         """Column blocks lie one behind the other, so those of a piece that begins with one are a view."""
+        if piece == self and first == 0:
+            return list(prepared)
         if not isinstance(piece, Layout) or first % COLUMNS or self.is_gated:
             return None
         alike = replace(self, n=piece.n, spec=replace(self.spec, scale=piece.spec.scale))
@@ -131,7 +134,7 @@ class Layout:
             spread = torch.stack([rows >> self.level.width * j & mask for j in range(c)], 2) if c > 1 else rows
             unpacked = self.blocks.unpad(spread.reshape(len(slab), -1))
             unpacked = unpacked ^ 0x80 if self.is_signed and not self.level.table else unpacked
-            restored[first : first + len(slab)] = spec.packer.pack(unpacked, spec.bits)
+            restored[first : first + len(slab)] = spec.packer.pack(self._stored(unpacked), spec.bits)
         return restored.view(dtype)
 
     def _levels(self, codes: Tensor) -> Tensor:
@@ -141,8 +144,17 @@ class Layout:
         book = spec.book
         if book is None or book.lattice is None:
             return unpacked
-        points = book.lattice.points(unpacked).flatten(-2)
-        return ((points / self.level.unit).round_() + self.level.centre).to(torch.uint8)
+        if self.level.table:
+            return _codes_by_code(book.lattice, self.level)[unpacked].flatten(-2)
+        return _steps(book.lattice.points(unpacked), self.level).flatten(-2)
+
+    def _stored(self, codes: Tensor) -> Tensor:
+        """Codes of the spec from those of the kernel: `_levels` backwards."""
+        book = self.spec.book
+        if book is None or book.lattice is None:
+            return codes
+        steps = torch.tensor(self.level.table, dtype=torch.float32)[codes.int()] - self.level.centre
+        return book.lattice.codes_of((steps * self.level.unit).unflatten(-1, (-1, 8)))
 
     def _scales(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Scales and offsets [n, groups] float32."""
@@ -164,6 +176,19 @@ class Layout:
         factor = torch.exp2(power)
         halves = [none if value is None else (value * factor[:, None]).half() for value in (scale, offset)]
         return halves[0], halves[1], 1 / factor
+
+
+def _steps(points: Tensor, level: Level) -> Tensor:
+    return ((points / level.unit).round_() + level.centre).to(torch.uint8)
+
+
+@cache
+def _codes_by_code(lattice: Lattice, level: Level) -> Tensor:
+    """The kernel's codes of eight weights by code of a lattice, [2**bits, 8] uint8."""
+    steps = _steps(lattice.points(torch.arange(1 << lattice.bits)), level)
+    code_of = torch.zeros(256, dtype=torch.uint8)
+    code_of[list(level.table)] = torch.arange(len(level.table), dtype=torch.uint8)
+    return code_of[steps.int()]
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from ptqc.spec import WeightSpec
 __all__ = ["Level", "exact_level", "integer_level"]
 
 _LARGEST = 127
+_TABLE = 16
+"""Levels that a shuffle looks up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ def integer_level(spec: WeightSpec) -> Level | None:
     unit = _unit(levels)
     steps = [round(level / unit) for level in levels]
     centre = -min(steps)
-    if book.lattice is not None:
+    if book.lattice is not None and len(levels) > _TABLE:
         return Level(8, centre, max(steps) + centre, unit)
     table = tuple(step + centre for step in steps)
-    width = _width(spec.bits)
+    width = 4 if book.lattice is not None else _width(spec.bits)
     if table == tuple(range(len(table))):
         return Level(width, centre, len(table) - 1, unit)
     return Level(width, centre, max(table), unit, table=table)

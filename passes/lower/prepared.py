@@ -29,7 +29,7 @@ def prepared_parts(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tenso
     if layout == AS_STORED:
         for weight in weights:
             weight.take_back()
-    found = _known(layout, weights) or _cut(layout, weights)
+    found = _known(layout, weights) or _shared(layout, weights)
     if found is None:
         first, *_ = weights
         parts = storage.concat([weight.parts for weight in weights], first.spec, first.stored_shape[-1])
@@ -51,11 +51,21 @@ def _known(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | Non
     return alive if len(alive) == len(found) else None
 
 
-def _cut(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | None:
+def _shared(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | None:
+    """What the weights hold already, all in one place, or a piece of what a single one holds with others."""
     held = weights[0].held
-    if held is None or len(weights) > 1:
+    if held is None:
         return None
-    return held.order.layout.cut(held.prepared, held.order.first, layout)
+    if len(weights) == 1:
+        return held.order.layout.cut(held.prepared, held.order.first, layout)
+    lies = [_place(weight.held) for weight in weights]
+    firsts = accumulate((weight.stored_shape[0] for weight in weights), initial=0)
+    wanted = [(layout, first, held.prepared[0].data_ptr()) for first, _ in zip(firsts, weights, strict=False)]
+    return list(held.prepared) if lies == wanted else None
+
+
+def _place(held: Held | None) -> tuple[Layout, int, int] | None:
+    return None if held is None else (held.order.layout, held.order.first, held.prepared[0].data_ptr())
 
 
 def give_up_parts(layout: Layout, weights: Sequence[QuantTensor], prepared: Sequence[Tensor]) -> list[object]:
