@@ -6,8 +6,9 @@ of the graph goes to Inductor.
 
 Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float
 weights (the model then only runs compiled); `exact`: kernels must not quantize activations on their own account;
-`inductor`: settings for Inductor; anything else is an option of the method.
-Changing a parameter after compilation is not seen, as with Inductor's freezing.
+`keep_stored`: quantized weights keep their parts besides what kernels hold (`ptqc.held`); `inductor`: settings for
+Inductor; anything else is an option of the method.
+Changing a float parameter after compilation is not seen, as with Inductor's freezing.
 `kernel_table(model)` says which kernel serves which weight, and why; PTQC_LOGS=kernels prints it while compiling.
 """
 

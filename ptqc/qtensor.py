@@ -137,6 +137,11 @@ class QuantTensor(torch.Tensor):
         return self.parts | self.extras
 
     @property
+    def stored_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of everything that is stored."""
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in (self.slots | self.extras).items()}
+
+    @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of all parts and extras."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.slots | self.extras).values())
@@ -161,6 +166,13 @@ class QuantTensor(torch.Tensor):
     def slots(self) -> dict[str, Tensor]:
         """The parts as far as they are there: those given up are on the meta device."""
         return {name: getattr(self, _slot(name)) for name in storage.part_names(self.spec)}
+
+    @property
+    def memory(self) -> tuple[Tensor, int]:
+        """The tensor that holds the codes, and the row of it with which they begin: equal for views of one weight."""
+        if self.held is None or "codes" not in self.given_up:
+            return self.slots["codes"], 0
+        return self.held.prepared[0], self.held.order.first
 
     def give_up(self, held: Held) -> None:
         """Hold the parts that `held` names only as a kernel reads them from now on."""

@@ -139,9 +139,25 @@ def test_everything_comes_back():
     torch.save(net.state_dict(), file)
     file.seek(0)
     assert all(torch.equal(value, state[name]) for name, value in torch.load(file).items())
-    tensors, metadata = ptqc.flatten_state_dict(net.state_dict())
-    assert torch.equal(ptqc.unflatten_state_dict(tensors, metadata)["q.weight"], state["q.weight"])
+    read = ptqc.unflatten_state_dict(*ptqc.flatten_state_dict(net.state_dict()))
+    assert set(read) == set(state) and all(torch.equal(read[name], value) for name, value in state.items())
     assert "codes" in net.q.weight.given_up
+
+
+def test_a_compiled_model_is_saved_and_exported(reference_model, tmp_path):
+    net = ptqc.quantize(reference_model, "rtn", bits=4, group_size=32, progress=False)
+    parts, ids = stored(net), torch.arange(4)[None]
+    ptqc.save(net, tmp_path / "before")
+    ptqc.export(net, "gptq", tmp_path / "before-gptq")
+    with torch.no_grad():
+        torch.compile(net, backend="ptqc")(input_ids=ids)
+    assert all("codes" in weight.given_up for weight in weights(net).values())
+    ptqc.save(net, tmp_path / "after")
+    ptqc.export(net, "gptq", tmp_path / "after-gptq")
+    for kind in ("", "-gptq"):
+        files = [tmp_path / f"{when}{kind}" / "model.safetensors" for when in ("before", "after")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert same(ptqc.load(tmp_path / "after"), parts)
 
 
 def test_a_state_dict_shares_what_the_model_holds():

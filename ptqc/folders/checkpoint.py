@@ -69,13 +69,16 @@ def _refuse_foreign(model: nn.Module) -> None:
 
 
 def _block(name: str, tensor: Tensor) -> Block:
-    tensors = parts_of({name: tensor})
+    if isinstance(tensor, QuantTensor):
+        layout = {f"{name}.{part}": kind for part, kind in tensor.stored_layout.items()}
+    else:
+        layout = {name: (tuple(tensor.shape), tensor.dtype)}
 
     def produce(append: Append) -> None:
-        for part, value in tensors.items():
+        for part, value in parts_of({name: tensor}).items():
             append(part, value)
 
-    return Block(name, {part: (tuple(value.shape), value.dtype) for part, value in tensors.items()}, produce)
+    return Block(name, layout, produce)
 
 
 def write_folder(

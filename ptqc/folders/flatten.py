@@ -83,7 +83,7 @@ def parts_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors |= {f"{name}.{part}": value for part, value in tensor.tensors.items()}
         else:
             tensors[name] = tensor.detach()
-    if len(tensors) != sum(len(t.tensors) if isinstance(t, QuantTensor) else 1 for t in state_dict.values()):
+    if len(tensors) != sum(len(t.stored_layout) if isinstance(t, QuantTensor) else 1 for t in state_dict.values()):
         raise CheckpointError("a part of a quantized weight has the name of another tensor; rename the module")
     return tensors
 
@@ -102,7 +102,8 @@ def _check(name: str, tensor: object) -> None:
 
 def _identity(tensor: Tensor) -> object:
     """Equal for two tensors that are one: the same memory, read in the same way."""
-    memory = tensor.codes if isinstance(tensor, QuantTensor) else tensor
+    memory, first = tensor.memory if isinstance(tensor, QuantTensor) else (tensor, 0)
     if memory.numel() == 0:
         return id(tensor)
-    return memory.device, memory.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, type(tensor) is QuantTensor
+    where = memory.device, memory.data_ptr(), first
+    return *where, tensor.shape, tensor.stride(), tensor.dtype, type(tensor) is QuantTensor
