@@ -77,7 +77,8 @@ def kernel_for(request: KernelRequest) -> Kernel:
 def _load(target: str, source: KernelSource, request: KernelRequest, refusals: tuple[tuple[str, str], ...]) -> Kernel:
     if source.operator is not None:
         spec = str(request.spec)
-        return Kernel(target, ops.linear, AS_STORED, lambda x, parts, rest: (x, parts, spec, *(rest or [None])), refusals)
+        arguments = lambda x, parts, rest: (x, parts, spec, *(rest or [None]))  # noqa: E731
+        return Kernel(target, ops.linear, AS_STORED, arguments, refusals)
     module = load_text(source.text)
     width, layout = request.width, getattr(module, "LAYOUT", None) or OneWay(module.prepare)
     return Kernel(target, _operator(module), layout, lambda x, parts, rest: (x, parts, rest, width), refusals)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptqc import storage
+from ptqc.errors import PtqcError
 from ptqc.spec import WeightSpec
 
 __all__ = ["AS_STORED", "Held", "Layout", "OneWay", "Order", "order_called"]
@@ -93,7 +94,15 @@ _orders: dict[str, Order] = {}
 
 
 def order_called(name: str) -> Order:
-    """The order of a name that this process has seen."""
+    """The order of a name that this process has seen.
+
+    Raises: PtqcError for a program that was exported from a compiled model and loaded elsewhere.
+    """
+    if name not in _orders:
+        raise PtqcError(
+            f"this graph reads a weight as a kernel holds it (order {name}), which this process does not know; export "
+            'the model before it is compiled, or compile it with options={"keep_stored": True}'
+        )
     return _orders[name]
 
 

@@ -73,8 +73,9 @@ class Context:
 
     kernel: finds the kernel for a request, where the graph is lowered. target: the name of the target that would make
     it; refusals: the targets asked before, and why they refuse. exact: kernels must not quantize activations on their
-    own account. keeps_stored: weights keep their parts besides what kernels hold. quantized: the stored weight behind each get_attr node. kept: the get_attr nodes of weights left in
-    float, and why. sites: the products that wait for a kernel. chosen: every site with its kernel, in graph order.
+    own account. keeps_stored: weights keep their parts besides what kernels hold. quantized: the stored weight behind
+    each get_attr node. kept: the get_attr nodes of weights left in float, and why. sites: the products that wait for a
+    kernel. chosen: every site with its kernel, in graph order. unused: memory that other graphs may still run on.
     """
 
     kernel: Callable[[KernelRequest], Kernel] = _no_kernel

@@ -35,7 +35,22 @@ __all__ = ["QuantTensor"]
 
 _aten = torch.ops.aten
 _TRIVIAL = Surroundings()
-_PARTS = frozenset({"codes", "scale", "scale_outer", "scale_offset", "zero", "zero_outer"})
+
+
+class _Part:
+    """A part by its name, `weight.codes`; one that was given up is made anew."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, weight: "QuantTensor", owner: type) -> Tensor:
+        slot = getattr(weight, _slot(self.name))
+        held = weight.held  # after the slot, which is emptied once `held` is set
+        if held is None or self.name not in weight.given_up:
+            part: Tensor = slot
+        else:
+            part = ops.restore(list(held.prepared), held.order.called, self.name)
+        return part
 
 
 class QuantTensor(torch.Tensor):
@@ -56,6 +71,7 @@ class QuantTensor(torch.Tensor):
     given_up: frozenset[str]
     stays_stored: bool
     mark: Mark
+    codes, scale, scale_outer, scale_offset, zero, zero_outer = (_Part() for _ in range(6))
 
     @staticmethod
     def __new__(
@@ -78,6 +94,7 @@ class QuantTensor(torch.Tensor):
         )
         self.spec, self.stored_shape, self.is_transposed = spec, tuple(stored_shape), is_transposed
         self.held, self.given_up, self.stays_stored, self.mark = None, frozenset(), False, Mark()
+        self._flat: tuple[list[str], tuple[Any, ...]] | None = None
         for name in storage.part_names(spec):
             if name in parts:
                 setattr(self, _slot(name), parts[name])
@@ -114,17 +131,6 @@ class QuantTensor(torch.Tensor):
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors by name, in the order in which ops take them; those given up are made anew."""
         return {name: getattr(self, name) for name in storage.part_names(self.spec)}
-
-    def __getattr__(self, name: str) -> Tensor:
-        """A part by its name: `weight.codes`."""
-        slot = self.__dict__.get(_slot(name))
-        held = self.__dict__.get("held")  # after the slot: that is emptied once `held` is set
-        if name not in _PARTS or slot is None:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        if held is None or name not in self.given_up:
-            return slot
-        restored: Tensor = ops.restore(list(held.prepared), held.order.called, name)
-        return restored
 
     @property
     def extras(self) -> dict[str, Tensor]:
@@ -181,7 +187,7 @@ class QuantTensor(torch.Tensor):
     def _hold(self, held: Held, given_up: Sequence[str]) -> None:
         for index, tensor in enumerate(held.prepared):
             setattr(self, f"_prepared_{index}", tensor)
-        self.held, self.given_up = held, frozenset(given_up)
+        self.held, self.given_up, self._flat = held, frozenset(given_up), None
         for name in given_up:
             shape, dtype = held.order.part_layout[name]
             setattr(self, _slot(name), torch.empty(shape, dtype=dtype, device="meta"))
@@ -198,13 +204,18 @@ class QuantTensor(torch.Tensor):
             self.take_back()
             for index in range(len(self.held.prepared)):
                 delattr(self, f"_prepared_{index}")
-        self.held, self.mark, self.stays_stored = None, Mark(), False
+        self.held, self.mark, self.stays_stored, self._flat = None, Mark(), False, None
 
     # ---------------------------------------------------------------- being a tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        if self._flat is None:  # guards ask on every call
+            self._flat = self._flattened()
+        return self._flat
+
+    def _flattened(self) -> tuple[list[str], tuple[Any, ...]]:
         meta = (self.spec, self.stored_shape, self.dtype, self.is_transposed, self.surroundings)
         names = storage.part_names(self.spec)
         if self.held is None:

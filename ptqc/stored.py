@@ -1,8 +1,8 @@
 """What the backend knows about parameters across graphs and recompiles: stored forms, reasons, names.
 
-All keys are parameters by identity and weak (`ptqc.identity`). A parameter is quantized once per rule, whatever the number of graphs that
-read it: a recompile must not quantize again, and cannot once the float values are freed. What one graph of a model
-decides about a parameter (tied, a router, hidden by a graph break) holds in all of them.
+All keys are parameters by identity and weak (`ptqc.identity`). A parameter is quantized once per rule, whatever the
+number of graphs that read it: a recompile must not quantize again, and cannot once the float values are freed. What one
+graph of a model decides about a parameter (tied, a router, hidden by a graph break) holds in all of them.
 """
 
 import logging

@@ -5,8 +5,9 @@
     offsets   likewise: what is subtracted, per unit of the sum of the inputs (zeros and minima)
     columns   [n] float32: what is multiplied at the end; all of the scale where a row has only one
 
-Codes come back from this exactly (`restore`), scales where float16 has held all of their bits. One load of 64 bytes then serves 16 outputs, whose sums stay in the lanes of a register, and everything that one column
-block needs is contiguous. With a gate, columns of its two halves alternate by the lanes of a vector.
+Codes come back from this exactly (`restore`), scales where float16 has held all of their bits. One load of 64 bytes
+serves 16 outputs, whose sums stay in the lanes of a register, and everything that one column block needs is contiguous.
+With a gate, columns of its two halves alternate by the lanes of a vector.
 """
 
 from collections.abc import Sequence
@@ -199,7 +200,7 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _rows_of(blocks: Tensor, columns: Tensor) -> Tensor:
-    """Values [n / 16, ..., 16, ...] of columns, those first: [columns, ...]; of [n / 16, groups, 16] or one axis more."""
+    """Values [columns, groups, ..] of some columns. blocks: [n / 16, groups, 16, ..]."""
     return blocks.movedim(2, 1).flatten(0, 1)[columns]
 
 

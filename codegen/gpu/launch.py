@@ -133,7 +133,8 @@ class EightBitLinear(Linear):
     @cached_property
     def layout(self) -> ByteOrder:
         """How the kernels hold the weight."""
-        return ByteOrder(self.form, reserve_workspace, f"{self.spec} {self.form.words_type}", self.n, self.k, self.has_gate)
+        name = f"{self.spec} {self.form.words_type}"
+        return ByteOrder(self.form, reserve_workspace, name, self.n, self.k, self.has_gate)
 
     def _launch(
         self, x: Tensor, parts: Sequence[Tensor], before: list[Tensor], behind: list[Tensor], out: Tensor

@@ -210,7 +210,7 @@ class _Weight:
             user.replace_input_with(self.node, plain)
 
     def _parts(self) -> list[fx.Node]:
-        """Nodes for the parts: attributes, or what makes a part anew that the weight holds only as a kernel reads it."""
+        """Nodes for the parts: attributes, or what makes a part anew that only a kernel's order of it holds."""
         held, slots = self.stored.held, self.stored.slots
         return [
             self._call(ops.restore, ([*map(self._attribute, held.prepared)], held.order.called, name))

@@ -23,7 +23,8 @@ from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
 __all__ = [
-    "Product", "accepts", "erase_unused", "movable", "operands_of", "parts_of", "product_node", "request_of", "rewrite", "x_of",
+    "Product", "accepts", "erase_unused", "movable", "operands_of", "parts_of", "product_node", "request_of", "rewrite",
+    "x_of",
 ]  # fmt: skip
 
 

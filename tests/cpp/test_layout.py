@@ -93,6 +93,7 @@ def test_pieces_that_are_no_view():
 
 
 def test_every_code_of_e8p_comes_back():
-    parts = storage.encode(storage.Codes(torch.arange(1 << 16).view(64, 1024), torch.ones(64, 1)), WeightSpec.parse("e8p"))
+    codes = storage.Codes(torch.arange(1 << 16).view(64, 1024), torch.ones(64, 1))
+    parts = storage.encode(codes, WeightSpec.parse("e8p"))
     found = layout("e8p", 64, 8192)
     assert torch.equal(found.restore("codes", found.prepare(list(parts.values())), 0, 64), parts["codes"])

@@ -14,8 +14,8 @@ from tests.cpp._run import random_parts
 
 INTEGERS = [f"int{bits}g64{zero}" for bits in range(1, 9) for zero in ("", "z", "f")]
 SPECS = (
-    *INTEGERS, "int8", "int4", "ternary", "ternaryg64", "nf4g64", "nf4g64dq", "fp4g64", "mxfp4", "fp8e4m3", "fp8e5m2g64",
-    "fp8e4m3b128x128", "e8p", "e8p3", "e8p4", "q4_0", "q6_K",
+    *INTEGERS, "int8", "int4", "ternary", "ternaryg64", "nf4g64", "nf4g64dq", "fp4g64", "mxfp4", "fp8e4m3",
+    "fp8e5m2g64", "fp8e4m3b128x128", "e8p", "e8p3", "e8p4", "q4_0", "q6_K",
 )  # fmt: skip
 N, K = 194, 1280
 GATE = ("gate_silu",)
