@@ -3,7 +3,8 @@
 16 layers, width 2048, 8192 inside the MLP, random weights; batch 1, a prompt of 128 tokens, then 128 tokens one by one.
 ptqc: `torch.compile(backend="ptqc")` on weights stored in 4 bits; bfloat16: `torch.compile` on the float model; both
 with a static cache and two graphs. llama.cpp (package llama-cpp-python, left out without it): the same 4-bit weights in
-a GGUF file, with the vocabulary of the reference model and nothing behind it. The output head is stored in 4 bits too.
+a GGUF file as Q4_0, and the float ones as Q4_K_M, with the vocabulary of the reference model and nothing behind it. The
+output head is stored in 4 bits too (6 in Q4_K_M).
 
     python -m benchmarks.cpu_decode [--quick] [--threads 1] [--specs int4g32 nf4g64] [--json FILE]
 """
@@ -103,9 +104,11 @@ def measure(arguments, threads):
             yield {"side": f"ptqc {side}", "threads": threads} | time_torch(model, "ptqc", arguments.tokens)
         elif not arguments.without_bfloat16:
             yield {"side": side, "threads": threads} | time_torch(model, "inductor", arguments.tokens)
-        if side == "int4g32" and llama_cpp is not None:
-            found = time_llama(model, "Q4_0", threads, arguments.tokens)
-            yield {"side": "llama.cpp Q4_0", "threads": threads} | found
+        # The very weights of int4g32 in their nearest type, and llama.cpp's usual mix of the float ones.
+        quant = {"int4g32": "Q4_0", "bfloat16": "Q4_K_M"}.get(side)
+        if quant and llama_cpp is not None:
+            found = time_llama(model, quant, threads, arguments.tokens)
+            yield {"side": f"llama.cpp {quant}", "threads": threads} | found
 
 
 def main():
