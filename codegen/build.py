@@ -115,6 +115,11 @@ def _temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ptqc-kernels-"))
 
 
+def _rows(value: Tensor) -> Tensor:
+    """[..., features] as [rows, features]; vectors and single numbers as they are."""
+    return value if value.ndim <= 2 else value.reshape(-1, value.shape[-1])
+
+
 def _operator(module: ModuleType) -> Any:
     """Register `module.run` as ptqc::<name of the text>(x, parts, operands, width)."""
     name = module.__name__
@@ -122,9 +127,8 @@ def _operator(module: ModuleType) -> Any:
         _LIBRARY.define(f"{name}(Tensor x, Tensor[] parts, Tensor[] operands, int width) -> Tensor")
 
         def run(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:
-            flat = [part if part.ndim < 2 else part.reshape(-1, part.shape[-1]) for part in operands]
-            product: Tensor = module.run(x.reshape(-1, x.shape[-1]), parts, flat)
-            return product.view(*x.shape[:-1], width)
+            product: Tensor = module.run(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), parts, [_rows(operand) for operand in operands])
+            return product if x.ndim == 2 else product.view(*x.shape[:-1], width)
 
         def fake(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:
             return x.new_empty((*x.shape[:-1], width))

@@ -70,6 +70,8 @@ class QuantTensor(torch.Tensor):
         self.surroundings = surroundings
         for name in surroundings.extra_names:
             setattr(self, name, (extras or {})[name])
+        meta = (spec, tuple(stored_shape), dtype, is_transposed, surroundings)
+        self._flattened = ([*storage.part_names(spec), *surroundings.extra_names], meta)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -133,8 +135,7 @@ class QuantTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        meta = (self.spec, self.stored_shape, self.dtype, self.is_transposed, self.surroundings)
-        return list(self.tensors), meta
+        return self._flattened  # guards of compiled graphs ask on every call
 
     @staticmethod
     def __tensor_unflatten__(

@@ -36,7 +36,7 @@ class Launch:
     def __call__(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
         """The product, in the dtype of x."""
         rows = x.shape[0]
-        result = x.new_empty(rows, self._width)
+        result = torch.empty(rows, self._width, dtype=x.dtype)
         if rows == 0:
             return result
         x = x.contiguous()
@@ -58,4 +58,6 @@ class Launch:
 
 def _readable(operand: Tensor) -> Tensor:
     """An operand as the kernel reads it: dense, of a type that it knows."""
+    if operand.dtype in _KINDS and operand.is_contiguous():
+        return operand
     return operand.to(_OTHER_KINDS.get(operand.dtype, operand.dtype)).contiguous()
