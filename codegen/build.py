@@ -127,7 +127,8 @@ def _operator(module: ModuleType) -> Any:
         _LIBRARY.define(f"{name}(Tensor x, Tensor[] parts, Tensor[] operands, int width) -> Tensor")
 
         def run(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:
-            product: Tensor = module.run(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), parts, [_rows(operand) for operand in operands])
+            flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+            product: Tensor = module.run(flat, parts, [_rows(operand) for operand in operands])
             return product if x.ndim == 2 else product.view(*x.shape[:-1], width)
 
         def fake(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:

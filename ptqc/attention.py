@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Attend", "AttentionRequest", "MOST_QUERIES"]
+__all__ = ["MOST_QUERIES", "Attend", "AttentionRequest"]
 
 Attend = Callable[..., torch.Tensor]
 

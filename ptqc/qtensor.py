@@ -45,6 +45,7 @@ class QuantTensor(torch.Tensor):
     stored_shape: tuple[int, ...]
     is_transposed: bool
     surroundings: Surroundings
+    _flattened: tuple[list[str], tuple[Any, ...]]
     codes: Tensor
 
     @staticmethod

@@ -15,7 +15,7 @@ _ADVICE = 14
 
 
 def in_large_pages(*shape: int, dtype: torch.dtype) -> Tensor:
-    """An empty tensor for which the kernel is asked to use pages of 2 MB; a plain one where there are none to be had."""
+    """An empty tensor for which Linux is asked to use pages of 2 MB; a plain one where there are none to be had."""
     tensor = torch.empty(*shape, dtype=dtype)
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE
     end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE

@@ -101,30 +101,22 @@ def _unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node:
 
 def _repeated(node: fx.Node) -> fx.Node | None:
     """What `node` repeats along its axis of heads, each head several times in a row."""
-    before, after = None, shape_of(node)
+    wide = node.args[0] if node.args else None
+    if not isinstance(wide, fx.Node):
+        return None
+    source: fx.Node | None = None
     if function_name(node) == "repeat_interleave":
-        before = node.args[0]
-        axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
-        if axis != 1 or not isinstance(repeats, int):
+        given = dict(zip(("repeats", "dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+        source = wide if given.get("dim") == 1 and isinstance(given.get("repeats"), int) else None
+    elif function_name(node) in _RESHAPES and function_name(wide) == "expand" and isinstance(wide.args[0], fx.Node):
+        source = _without_new_axis(wide.args[0])
+        shape, longer = (None, None) if source is None else (shape_of(source), shape_of(wide))
+        if shape is None or longer is None or len(longer) != 5 or (*longer[:2], *longer[3:]) != shape:
             return None
-    elif function_name(node) in _RESHAPES and isinstance(node.args[0], fx.Node):
-        wide = node.args[0]
-        if function_name(wide) == "expand" and isinstance(wide.args[0], fx.Node):
-            before = _without_new_axis(wide.args[0])
-        if before is None or _is_other_shape(wide, before):
-            return None
-    source = before if isinstance(before, fx.Node) else None
-    shape = None if source is None else shape_of(source)
+    shape, after = None if source is None else shape_of(source), shape_of(node)
     if shape is None or after is None or len(shape) != 4 or len(after) != 4:
         return None
     return source if (shape[0], *shape[2:]) == (after[0], *after[2:]) else None
-
-
-def _is_other_shape(wide: fx.Node, before: fx.Node) -> bool:
-    """Whether an expanded [batch, heads, n, keys, features] is anything but its source with the new axis made longer."""
-    shape, source = shape_of(wide), shape_of(before)
-    return shape is None or source is None or len(shape) != 5 or (*shape[:2], *shape[3:]) != source
 
 
 def _without_new_axis(node: fx.Node) -> fx.Node | None:
