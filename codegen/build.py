@@ -125,8 +125,12 @@ def _operator(module: ModuleType) -> Any:
     name = module.__name__
     if not hasattr(torch.ops.ptqc, name):
         _LIBRARY.define(f"{name}(Tensor x, Tensor[] parts, Tensor[] operands, int width) -> Tensor")
+        takes_any_shape = getattr(module.run, "takes_any_shape", False)
 
         def run(x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], width: int) -> Tensor:
+            if takes_any_shape:  # views made inside of an operator are a third of what a small product costs
+                whole: Tensor = module.run(x, parts, operands)
+                return whole
             flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
             product: Tensor = module.run(flat, parts, [_rows(operand) for operand in operands])
             return product if x.ndim == 2 else product.view(*x.shape[:-1], width)
