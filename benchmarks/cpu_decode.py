@@ -3,9 +3,13 @@
 16 layers, width 2048, 8192 inside the MLP, random weights; batch 1, a prompt of 128 tokens, then 128 tokens one by one.
 ptqc: `torch.compile(backend="ptqc")` on weights stored in 4 bits; bfloat16: `torch.compile` on the float model; both
 with a static cache and two graphs. llama.cpp (package llama-cpp-python, left out without it): the same 4-bit weights in
-a GGUF file, with the vocabulary of the reference model and nothing behind it. The output head is stored in 4 bits too.
+a GGUF file as Q4_0, and the float ones as Q4_K_M, with the vocabulary of the reference model and nothing behind it. The
+output head is stored in 4 bits too (6 in Q4_K_M).
 
-    python -m benchmarks.cpu_decode [--quick] [--threads 1] [--specs int4g32 nf4g64] [--json FILE]
+    python -m benchmarks.cpu_decode [--quick] [--threads 1] [--formats int4g32 nf4 gptq] [--layers 16] [--json FILE]
+
+--formats names what the weights are stored in (FORMATS below). Calibrated ones see two windows of random tokens: their
+weights are not good, but as slow or fast as good ones. Beside the JSON a plot is drawn (if matplotlib is installed).
 """
 
 import argparse
@@ -32,6 +36,27 @@ except ImportError:
 PROMPT = 128
 SIZES = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
          "max_position_embeddings": 2048}  # fmt: skip
+FORMATS = {
+    "int4g32": ("rtn", {"spec": "int4g32"}),
+    "nf4": ("nf4", {}),
+    "hqq4": ("hqq", {"bits": 4}),
+    "hqq3": ("hqq", {"bits": 3}),
+    "hqq2": ("hqq", {"bits": 2}),
+    "gptq": ("gptq", {"act_order": True}),
+    "w8a8": ("w8a8", {}),
+    "e8p": ("quip_sharp", {}),
+    "fp8": ("fp8", {}),
+}
+"""Method and options by name; gptq is with act-order: groups of columns that are gathered."""
+CALIBRATED = ("gptq", "e8p")
+
+
+def quantized(model, name):
+    """The model stored in a format."""
+    method, options = FORMATS[name]
+    if name in CALIBRATED:
+        options = options | {"calibration": [torch.randint(model.config.vocab_size, (1, 64)) for _ in range(2)]}
+    return ptqc.quantize(model, method, include=["model.layers*", "lm_head*"], progress=False, **options)
 
 
 def random_llama(layers, vocabulary, dtype=torch.bfloat16):
@@ -96,23 +121,25 @@ def summary(prefill, took):
 def measure(arguments, threads):
     """A row for each side."""
     torch.set_num_threads(threads)
-    for side in (*arguments.specs, "bfloat16"):
+    for side in (*arguments.formats, "bfloat16"):
         model = random_llama(arguments.layers, arguments.vocabulary)
         if side != "bfloat16":
-            model = ptqc.quantize(model, "rtn", spec=side, include=["model.layers*", "lm_head*"], progress=False)
+            model = quantized(model, side)
             yield {"side": f"ptqc {side}", "threads": threads} | time_torch(model, "ptqc", arguments.tokens)
         elif not arguments.without_bfloat16:
             yield {"side": side, "threads": threads} | time_torch(model, "inductor", arguments.tokens)
-        if side == "int4g32" and llama_cpp is not None:
-            found = time_llama(model, "Q4_0", threads, arguments.tokens)
-            yield {"side": "llama.cpp Q4_0", "threads": threads} | found
+        # The very weights of int4g32 in their nearest type, and llama.cpp's usual mix of the float ones.
+        quant = {"int4g32": "Q4_0", "bfloat16": "Q4_K_M"}.get(side)
+        if quant and llama_cpp is not None:
+            found = time_llama(model, quant, threads, arguments.tokens)
+            yield {"side": f"llama.cpp {quant}", "threads": threads} | found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="4 layers, 16 tokens")
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
-    parser.add_argument("--specs", nargs="*", default=["int4g32"])
+    parser.add_argument("--formats", nargs="*", default=["int4g32"], choices=FORMATS)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=32000)
@@ -135,6 +162,30 @@ def main():
             "torch": torch.__version__,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        plot(rows, arguments.json.with_suffix(".png"))
+
+
+def plot(rows, path):
+    """Tokens per second of every side, by threads."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    counts = sorted({row["threads"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(counts), figsize=(1 + 5 * len(counts), 1 + 0.35 * len(rows) / len(counts)))
+    for axis, threads in zip(axes if len(counts) > 1 else [axes], counts, strict=True):
+        chosen = sorted((row for row in rows if row["threads"] == threads), key=lambda row: -row["least_ms"])
+        speeds = [1e3 / row["least_ms"] for row in chosen]
+        colors = ["tab:blue" if row["side"].startswith("ptqc") else "tab:gray" for row in chosen]
+        axis.bar_label(axis.barh([row["side"] for row in chosen], speeds, color=colors), fmt="%.1f", padding=3)
+        axis.set(title=f"{threads} thread{'s' if threads > 1 else ''}", xlabel="tokens per second", xmargin=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

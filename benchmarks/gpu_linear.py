@@ -75,7 +75,7 @@ class Bench:
         self.device = "cpu" if is_rehearsal else "cuda"
         self.is_rehearsal = is_rehearsal
         self.end = time.monotonic() + 60 * minutes
-        self.bandwidth = 1e10 if is_rehearsal else _copy_bandwidth()
+        self.bandwidth = 1e10 if is_rehearsal else copy_bandwidth()
 
     @property
     def is_late(self) -> bool:
@@ -108,7 +108,7 @@ class Bench:
         return statistics.median(times[2:])
 
 
-def _copy_bandwidth() -> float:
+def copy_bandwidth() -> float:
     """Bytes per second read by a sum over 2 GiB."""
     data = torch.ones(2**29, device="cuda")
     times = []

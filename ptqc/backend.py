@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 
+from ptqc.codegen.attention import attention_for
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
 from ptqc.identity import mark_of
@@ -101,7 +102,7 @@ def ptqc(
     _warn_of_break(gm, parsed)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
-    context = Context(kernel_for, target_for, refusals_of, parsed.exact, parsed.keep_stored)
+    context = Context(kernel_for, target_for, refusals_of, attention_for, parsed.exact, parsed.keep_stored)
     store = parsed.selection.store if parsed.selection else None
     lowering(graph.parameters, names, store).run(graph.module, context)
     note_kernels(context.chosen)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from ptqc.attention import Attend, AttentionRequest
 from ptqc.errors import PtqcError
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import Kernel, KernelRequest
@@ -36,6 +37,10 @@ def _no_target(request: KernelRequest) -> str | None:
 
 def _no_refusals(request: KernelRequest) -> Sequence[tuple[str, str]]:
     return ()
+
+
+def _no_attention(request: AttentionRequest) -> Attend | str:
+    return "this graph is not lowered"
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,17 @@ class Context:
     """What passes of one pipeline share.
 
     kernel: finds the kernel for a request, where the graph is lowered. target: the name of the target that would make
-    it; refusals: the targets asked before, and why they refuse. exact: kernels must not quantize activations on their
-    own account. keeps_stored: weights keep their parts besides what kernels hold. quantized: the stored weight behind
-    each get_attr node. kept: the get_attr nodes of weights left in float, and why. sites: the products that wait for a
-    kernel. chosen: every site with its kernel, in graph order. unused: memory that other graphs may still run on.
+    it; refusals: the targets asked before, and why they refuse. attention: the operator for an attention, or why
+    torch's is kept. exact: kernels must not quantize activations on their own account. keeps_stored: weights keep their
+    parts besides what kernels hold. quantized: the stored weight behind each get_attr node. kept: the get_attr nodes of
+    weights left in float, and why. sites: the products that wait for a kernel. chosen: every site with its kernel, in
+    graph order. unused: memory that other graphs may still run on.
     """
 
     kernel: Callable[[KernelRequest], Kernel] = _no_kernel
     target: Callable[[KernelRequest], str | None] = _no_target
     refusals: Callable[[KernelRequest], Sequence[tuple[str, str]]] = _no_refusals
+    attention: Callable[[AttentionRequest], Attend | str] = _no_attention
     exact: bool = False
     keeps_stored: bool = False
     quantized: dict[fx.Node, QuantTensor] = field(default_factory=dict)

@@ -30,7 +30,9 @@ __all__ = ["TRANSFORMS", "Member", "Transform", "surround"]
 class Member:
     """One weight as a transform sees it.
 
-    weight: [*lead, out, in] float32, the current values. statistics: of its input x, see `ptqc.statistics`.
+    weight: [*lead, out, in] float32, the current values. statistics: of its input x, see `ptqc.statistics`. In the step
+    `scale` "hessian" is diagonal where the method feeds errors back to later columns (it has `column_importance`): what
+    an error costs in the end, no longer what it costs at first.
     spec, act: how it will be stored, and what will be done to its input. channel: for a weight in a scale group, the
     channel of each column, [in] int64, -1 for columns that are left alone.
     """

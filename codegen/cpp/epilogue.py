@@ -9,9 +9,9 @@ from itertools import count
 
 from ptqc.fusions import ACTIVATIONS, narrows, takes_operand
 
-__all__ = ["FUNCTIONS", "epilogue"]
+__all__ = ["EXPONENTIAL", "FUNCTIONS", "epilogue"]
 
-FUNCTIONS = """\
+EXPONENTIAL = """\
 // 2^n e^f: the exponent by integers, the rest by its series. Relative error below 3e-7 on [-87, 88].
 static inline vf exponential(vf x) {
     x = x > 88.f ? spread(88.f) : x < -87.f ? spread(-87.f) : x;
@@ -21,6 +21,8 @@ static inline vf exponential(vf x) {
     p = p * f + 1.f / 24, p = p * f + 1.f / 6, p = p * f + 0.5f, p = p * f + 1.f, p = p * f + 1.f;
     return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
+"""
+FUNCTIONS = EXPONENTIAL + """\
 static inline vf act_sigmoid(vf x) { return 1.f / (1.f + exponential(-x)); }
 static inline vf act_silu(vf x) { return x * act_sigmoid(x); }
 static inline vf act_tanh(vf x) { return 1.f - 2.f / (exponential(2.f * x) + 1.f); }

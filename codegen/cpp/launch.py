@@ -1,8 +1,10 @@
 """One call of a compiled kernel: memory for the result, addresses, threads."""
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ _WORTH_A_THREAD = 1 << 19
 
 
 class Launch:
-    """Calls `run` of a text (see `source`): x [rows, k] -> [rows, width].
+    """Calls `run` of a text (see `source`): x [..., k] -> [..., width].
 
     sizes: n, k, group, groups, blocks, padded inputs, padded columns. item_bytes: of the activation in the kernel.
     """
+
+    takes_any_shape: ClassVar[bool] = True
 
     def __init__(
         self, text: str, flags: Sequence[str], sizes: Sequence[int], width: int, item_bytes: int, row_bytes: int
@@ -35,8 +39,9 @@ class Launch:
 
     def __call__(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:
         """The product, in the dtype of x."""
-        rows = x.shape[0]
-        result = x.new_empty(rows, self._width)
+        *lead, _ = x.shape
+        rows = math.prod(lead)
+        result = torch.empty(*lead, self._width, dtype=x.dtype)
         if rows == 0:
             return result
         x = x.contiguous()
@@ -58,4 +63,6 @@ class Launch:
 
 def _readable(operand: Tensor) -> Tensor:
     """An operand as the kernel reads it: dense, of a type that it knows."""
+    if operand.dtype in _KINDS and operand.is_contiguous():
+        return operand
     return operand.to(_OTHER_KINDS.get(operand.dtype, operand.dtype)).contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor
 from ptqc import storage
 from ptqc.codegen.cpp.blocks import Blocks
 from ptqc.codegen.cpp.levels import Level
+from ptqc.codegen.cpp.pages import in_large_pages
 from ptqc.lattice import Lattice
 from ptqc.spec import SCALE_DTYPES, WeightSpec
 
@@ -112,7 +113,7 @@ class Layout:
 
     def _codes(self, codes: Tensor, rows: Tensor) -> Tensor:
         c, wide = self.level.per_byte, self.blocks.padded
-        packed = torch.empty(self.padded // COLUMNS, wide // (4 * c), COLUMNS, 4, dtype=torch.uint8)
+        packed = in_large_pages(self.padded // COLUMNS, wide // (4 * c), COLUMNS, 4, dtype=torch.uint8)
         for first in range(0, self.padded, _AT_ONCE):
             slab = rows[first : first + _AT_ONCE]
             unpacked = self._levels(_take(codes.view(torch.uint8), slab))

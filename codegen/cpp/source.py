@@ -14,7 +14,7 @@ from ptqc.codegen.cpp.tiles import float_tile, integer_tile, level_bytes, number
 from ptqc.fusions import narrows
 from ptqc.requests import KernelRequest
 
-__all__ = ["Plan", "plan", "source"]
+__all__ = ["MEMORY", "NUMBERS", "WRITE", "Plan", "plan", "source", "vector_types"]
 
 _TYPES = """\
 #include <cstdint>
@@ -35,7 +35,7 @@ template <class V> static inline void store(void *p, V v) {{ memcpy(p, &v, sizeo
 static inline vf spread(float x) {{ return vf{{{x}}}; }}
 static inline vi spread(int32_t x) {{ return vi{{{x}}}; }}
 """
-_MEMORY = """\
+MEMORY = """\
 struct Operand { const void *data; long kind; };  // 0: float32, 1: float16, 2: bfloat16, 3: int32
 template <int KIND> static inline vf read_full(const void *p, long at) {
     if (KIND == 0) return load<vf>((const float *)p + at);
@@ -64,7 +64,7 @@ static inline vi nearest(vf v) { return (vi)(v + 12582912.f) - 0x4b400000; }  //
 static inline vf clamp(vf v) { return v > 127.f ? spread(127.f) : v < -127.f ? spread(-127.f) : v; }
 static inline void put(int8_t *p, vi v) { store(p, __builtin_convertvector(v, vc)); }
 """
-_NUMBERS = {
+NUMBERS = {
     torch.float32: """\
 typedef float Number;
 static inline vf read(const Number *p, long count) { return read_some<0>(p, 0, count); }
@@ -85,7 +85,7 @@ static inline void write_full(Number *p, vf v) {  // to nearest, ties to even; N
 }
 """,
 }
-_WRITE = """\
+WRITE = """\
 static inline void write(Number *p, vf v, long count) {
     if (count >= L) return write_full(p, v);
     Number lanes[L];
@@ -187,6 +187,11 @@ def plan(request: KernelRequest, isa: Isa) -> Plan | str:
     return Plan(request, isa, level, layout, is_float, "none" if has_one_scale else "f32" if request.exact else "f16")
 
 
+def vector_types(isa: Isa) -> str:
+    """The types of vectors, with what every text needs of them."""
+    return _TYPES.format(lanes=isa.lanes, x=", ".join(["x"] * isa.lanes))
+
+
 def source(plan: Plan) -> str:
     """The C++ text of a kernel; shapes are arguments of the call, so weights of one spec share it."""
     request, isa, level = plan.request, plan.isa, plan.level
@@ -211,10 +216,10 @@ def source(plan: Plan) -> str:
         product = narrow + level_bytes(level, layout.is_signed) + integer_rows(request.prologue, request.act, before)
         tile = integer_tile(plan.scale, plan.has_offset)
     return "".join((
-        _TYPES.format(lanes=isa.lanes, x=", ".join(["x"] * isa.lanes)),
+        vector_types(isa),
         *(f"constexpr int {name} = {value};\n" for name, value in constants.items()),
         "#define PREFETCH(p) __builtin_prefetch((p) + 1024)\n",
-        isa.functions, _MEMORY, _NUMBERS[request.dtype], _WRITE, _JOB, FUNCTIONS, product,
+        isa.functions, MEMORY, NUMBERS[request.dtype], WRITE, _JOB, FUNCTIONS, product,
         epilogue(request.epilogue, first), tile, _RUN.format(loops=_loops(isa)),
     ))  # fmt: skip
 

@@ -8,6 +8,7 @@ from ptqc.passes.lower.emit_kernels import EmitKernels
 from ptqc.passes.lower.fuse_epilogue import FuseEpilogue
 from ptqc.passes.lower.fuse_input_quantization import FuseInputQuantization
 from ptqc.passes.lower.fuse_prologue import FusePrologue
+from ptqc.passes.lower.lower_attention import LowerAttention
 from ptqc.passes.lower.lower_linears import LowerLinears
 from ptqc.passes.lower.merge_shared_input import MergeSharedInput
 from ptqc.passes.lower.quantize_weights import QuantizeWeights, Store
@@ -32,5 +33,6 @@ def lowering(
             FusePrologue(),
             FuseEpilogue(),
             EmitKernels(),
+            LowerAttention(),
         ]
     )

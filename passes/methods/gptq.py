@@ -91,6 +91,17 @@ class Gptq:
             parts.append(self._choose(weights, *once_for(source, key, partial(self._factored, own, added)), spec))
         return _joined(parts, lead)
 
+    def column_importance(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """What is left of the cost of an error once later columns have made up for it, by column: [*lead, in].
+
+        Transforms weigh errors by it instead of by the diagonal of the Hessian, see `ptqc.transforms`.
+        """
+        hessian = statistics["hessian"]
+        *lead, _, columns = hessian.shape
+        stack = hessian.reshape(-1, columns, columns)
+        order, triangle = self._factored(stack, torch.full((len(stack),), self.damp))
+        return _importance(triangle, order).view(*lead, columns)
+
     def _factored(self, hessian: Tensor, damp: Tensor) -> tuple[Tensor, Tensor]:
         """The order of rounding [stack, in], and the factor of each Hessian in that order [stack, in, in]."""
         order = self._order(hessian)
@@ -113,8 +124,7 @@ class Gptq:
     def _round(self, weight: Tensor, triangle: Tensor, place: Tensor, spec: WeightSpec) -> storage.Codes:
         """Codes of weights [stack, out, in], the column at place[j] being rounded j-th. place: [stack, in]."""
         place = place.expand(len(weight), -1)
-        importance = torch.empty_like(triangle[:, 0]).scatter_(1, place, triangle.diagonal(dim1=-2, dim2=-1).square())
-        plan = ScalePlan(weight, importance, spec, self.search)
+        plan = ScalePlan(weight, _importance(triangle, place), spec, self.search)
         is_ahead = self.act_order == "static" or not can_search(spec)
         if is_ahead:
             plan.choose_all()
@@ -130,6 +140,11 @@ class Gptq:
         rounded = feedback.run()
         stored = torch.empty_like(rounded).scatter_(1, place[:, :, None].expand_as(rounded), rounded)
         return plan.codes(stored.mT.contiguous())
+
+
+def _importance(triangle: Tensor, place: Tensor) -> Tensor:
+    """What the remaining error of each column costs, [stack, in]. place: the column that each row of a factor is of."""
+    return torch.empty_like(triangle[:, 0]).scatter_(1, place, triangle.diagonal(dim1=-2, dim2=-1).square())
 
 
 def _ordered(hessian: Tensor, order: Tensor) -> Tensor:

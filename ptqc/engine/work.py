@@ -92,7 +92,7 @@ class Stage:
             return None
         scale = None
         if group.kind != "refused" and all(entry.axis == self._input_axis(job) for job, entry in members):
-            seen = [self._member(job, entry) for job, entry in members]
+            seen = [self._priced(job, self._member(job, entry)) for job, entry in members]
             reason = transform.refuses(seen)
             if reason is None:
                 scale = transform.scale(seen, group.channels)
@@ -184,6 +184,17 @@ class Stage:
         statistics = self._surrounded_statistics(job, around, extras)
         channel = None if entry is None else entry.channel
         return Member(job.name, matrix, statistics, job.spec, job.rule.activation, channel)
+
+    def _priced(self, job: Job, member: Member) -> Member:
+        """A weight whose Hessian says what errors cost when its method has made up for them (`column_importance`)."""
+        price = getattr(job.rule.method, "column_importance", None)
+        known = member.statistics
+        if price is None or "hessian" not in known:
+            return member
+        key = ("priced", id(known), job.rule.method)
+        return replace(
+            member, statistics=self._once(key, known, lambda: {**known, "hessian": torch.diag_embed(price(known))})
+        )
 
     def _surrounded_statistics(self, job: Job, around: Surroundings, extras: Mapping[str, Tensor]) -> Statistics:
         plain = self._plain_statistics(job)

@@ -77,6 +77,25 @@ def net(seeded):
 
 
 class TestScales:
+    @pytest.mark.parametrize("method", ["rtn", "gptq"])
+    def test_errors_cost_what_the_method_leaves_of_them(self, net, method):
+        seen = []
+
+        @dataclass(frozen=True)
+        class Looks(Transform):
+            def scale(self, members, channels):
+                seen.extend(members)
+
+        full = statistics(hidden(net))["hessian"]
+        staged(net, [Looks(), method], [group()], bits=4, group_size=16)
+        hessian = seen[0].statistics["hessian"]
+        is_fed_back = method == "gptq"
+        assert torch.equal(hessian, hessian.diagonal().diag()) == is_fed_back
+        assert torch.equal(hessian, full) == (not is_fed_back)
+        if is_fed_back:  # the column that is rounded last pays in full
+            damped = full.diagonal() + 0.0101 * full.diagonal().mean()
+            assert (hessian.diagonal() <= damped).all()
+            assert hessian.diagonal().sum() < 0.9 * full.diagonal().sum()
     def test_a_fold_keeps_the_function(self, net):
         expected = net(X)
         report = staged(net, [Powers(), "rtn"], [group()], bits=8, group_size=-1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ptqc.codegen.attention import attention_for
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.graph_text import graph_text
 from ptqc.passes.lower.order import lowering
@@ -38,7 +39,7 @@ def lower(model, *inputs, store=None, exact=False, dynamic=None, is_checked=True
     def backend(gm, example_inputs):
         graph = unlift(gm, example_inputs)
         arguments = [example_inputs[i] for i in graph.kept]
-        result.context = Context(kernel_for, target_for, refusals_of, exact)
+        result.context = Context(kernel_for, target_for, refusals_of, attention_for, exact)
         first = None
         for step in lowering(graph.parameters, dict(graph.names), store).passes:
             result.counts |= Pipeline([step]).run(graph.module, result.context)

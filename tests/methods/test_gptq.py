@@ -208,3 +208,15 @@ def test_the_number_of_threads_changes_nothing(seeded):
     finally:
         torch.set_num_threads(threads)
     assert (alone != together).float().mean() < 0.02  # matrix products may be summed in another order
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_left_of_an_error_is_the_variance_behind_later_columns(order):
+    hessian = hessian_of(inputs(24))
+    found = Gptq(act_order=order, damp=0.0).column_importance({"hessian": hessian})
+    columns = hessian.diagonal().argsort(descending=True) if order else torch.arange(24)
+    for place, column in enumerate(columns.tolist()):
+        later = columns[place + 1 :]
+        cross, rest = hessian[column, later].double(), hessian[later][:, later].double()
+        left = hessian[column, column].double() - cross @ torch.linalg.solve(rest, cross)
+        assert float(found[column]) == pytest.approx(float(left), rel=1e-3)
