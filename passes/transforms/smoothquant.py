@@ -10,7 +10,8 @@ whose output is nearest to the float one on a sample of the inputs, both sides q
 
 Where we differ: s is scaled to the geometric mean 1 (a common factor changes nothing but the range of float16), and
 channels of the input or the weight that are all zeros keep s = 1. Groups whose inputs stay in floating point are left
-alone: there, outliers in the weight would only hurt (7 to 12% more output error at 3 bits on the reference model).
+alone, and so are those whose output on the sample is further from the float one with s than without (`is_held`): where
+weights have few bits, or inputs no outliers, the weight loses more than the input gains.
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,14 @@ _ALPHAS = tuple(i / 20 for i in range(21))
 @TRANSFORMS.register("smoothquant")
 @dataclass(frozen=True)
 class SmoothQuant(Transform):
-    """Migrates outliers from inputs to weights. alpha: 0 leaves it all to the input, 1 to the weight; or "search"."""
+    """Migrates outliers from inputs to weights.
+
+    alpha: 0 leaves it all to the input, 1 to the weight; or "search". is_held: a given alpha is used only where it
+    helps; False uses it in every group, as the paper does.
+    """
 
     alpha: float | Literal["search"] = 0.5
+    is_held: bool = True
 
     default_method: ClassVar[str] = "w8a8"
 
@@ -49,8 +55,12 @@ class SmoothQuant(Transform):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The largest magnitudes of the input, and a sample of it to search."""
-        return frozenset({"absmax", "rows", "count"} if self.alpha == "search" else {"absmax"})
+        """The largest magnitudes of the input, and a sample of it to try scales on."""
+        return frozenset({"absmax", "rows", "count"} if self._tries else {"absmax"})
+
+    @property
+    def _tries(self) -> bool:
+        return self.alpha == "search" or self.is_held
 
     def refuses(self, members: Sequence[Member]) -> str | None:
         """See `ptqc.transforms.Transform`."""
@@ -60,13 +70,14 @@ class SmoothQuant(Transform):
 
     def scale(self, members: Sequence[Member], channels: int) -> Tensor | None:
         """See `ptqc.transforms.Transform`."""
-        if self.alpha != "search":
-            return _smoothing(members, channels, float(self.alpha))
+        alphas = _ALPHAS if self.alpha == "search" else (float(self.alpha),)
+        smoothings = [_smoothing(members, channels, alpha) for alpha in alphas]
         searched = [member for member in members if member.spec.vector == 1]
+        if not self._tries or (not searched and self.alpha != "search"):
+            return smoothings[0]
         if not searched:
             return None
-        candidates = [torch.ones(channels, device=members[0].weight.device)]
-        candidates += [_smoothing(members, channels, alpha) for alpha in _ALPHAS]
+        candidates = [torch.ones(channels, device=members[0].weight.device), *smoothings]
         errors = [sum(_output_error(member, scale) for member in searched) for scale in candidates]
         best = min(range(len(errors)), key=lambda i: errors[i] if errors[i] == errors[i] else float("inf"))
         return candidates[best] if best else None

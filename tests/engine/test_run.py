@@ -6,6 +6,7 @@ from torch import nn
 
 import ptqc
 from ptqc.errors import PtqcError
+from ptqc.passes.transforms.smoothquant import SmoothQuant
 from ptqc.qtensor import QuantTensor
 from tests.tiny import IDS, logits, tiny
 
@@ -88,7 +89,7 @@ def test_a_graph_break_is_reported_with_its_reason(seeded):
 
 def test_groups_do_not_cross_a_graph_break(seeded):
     model = Broken().eval()
-    before, report = quantized(model, ["smoothquant", "rtn"], bits=8, activation="int8-token")
+    before, report = quantized(model, [SmoothQuant(is_held=False), "rtn"], bits=8, activation="int8-token")
     done = {outcome.group.names: outcome.done for outcome in report.groups}
     assert done["up.weight",] == "folded" and done["down.weight",] == "run-time"
     with torch.no_grad():
@@ -105,7 +106,7 @@ def test_nothing_is_smoothed_where_inputs_stay_in_float(seeded):
 
 
 def test_every_fold_was_checked(seeded):
-    _, report = quantized(Perceptron().eval(), ["smoothquant", "rtn"], bits=8, activation="int8-token")
+    _, report = quantized(Perceptron().eval(), [SmoothQuant(is_held=False), "rtn"], bits=8, activation="int8-token")
     assert {outcome.done for outcome in report.groups} == {"folded"}
     assert all(outcome.error is not None and outcome.error <= 1e-9 for outcome in report.groups)
 

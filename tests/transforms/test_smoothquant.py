@@ -1,5 +1,7 @@
 """SmoothQuant."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,11 +66,21 @@ def test_the_search_is_no_worse_than_any_alpha():
     assert found <= 1.001 * min(output_error(one, SmoothQuant(alpha=a).scale([one], 32)) for a in (0.2, 0.5, 0.8))
 
 
+def test_a_group_that_would_lose_is_left_alone():
+    """Two bits, and the largest inputs meet the largest weights: they would take the whole range of their groups."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    x[:, 0] *= 10
+    one = replace(member(x, act=ActSpec(dtype="int8")), spec=WeightSpec.parse("int2g32"))
+    one.weight[:, 0] *= 10
+    assert SmoothQuant(alpha=1.0).scale([one], 32) is None
+    assert SmoothQuant(alpha=1.0, is_held=False).scale([one], 32) is not None
+
+
 def test_columns_that_share_a_channel_take_the_largest():
     channel = torch.arange(16).repeat(2)
     channel[5] = -1
     one = member(with_outliers(), channel=channel)
-    scale = SmoothQuant(alpha=1.0).scale([one], 16)
+    scale = SmoothQuant(alpha=1.0, is_held=False).scale([one], 16)
     x = one.statistics["absmax"]
     expected = torch.maximum(torch.where(channel[:16] < 0, 0, x[:16]), x[16:])
     torch.testing.assert_close(scale / scale[0], expected / expected[0])
@@ -86,7 +98,8 @@ def test_dead_channels_stay_and_stacks_share_one_scale():
 
 
 def test_options():
-    assert TRANSFORMS.get("smoothquant")().needs == {"absmax"}
+    assert "rows" in TRANSFORMS.get("smoothquant")().needs
+    assert SmoothQuant(is_held=False).needs == {"absmax"}
     assert "rows" in SmoothQuant(alpha="search").needs
     with pytest.raises(PtqcError, match="between 0 and 1"):
         SmoothQuant(alpha=2.0)
