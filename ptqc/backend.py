@@ -144,7 +144,7 @@ class _Compiled:
         return self._compiled(*[arguments[i] for i in self._kept])
 
     def _variant(self, arguments: Sequence[Any]) -> Callable[..., Any]:
-        expected = [*self._floats, *self._stored]
+        expected: list[tuple[int, weakref.ref[Any]]] = [*self._floats, *self._stored]
         parameters = [arguments[index] for index, _ in expected]
         marks = list(map(mark_of, parameters))
         key = tuple(map(id, marks))

@@ -71,6 +71,7 @@ class QuantTensor(torch.Tensor):
     given_up: frozenset[str]
     stays_stored: bool
     mark: Mark
+    _flat: tuple[list[str], tuple[Any, ...]] | None
     codes, scale, scale_outer, scale_offset, zero, zero_outer = (_Part() for _ in range(6))
 
     @staticmethod
@@ -94,7 +95,7 @@ class QuantTensor(torch.Tensor):
         )
         self.spec, self.stored_shape, self.is_transposed = spec, tuple(stored_shape), is_transposed
         self.held, self.given_up, self.stays_stored, self.mark = None, frozenset(), False, Mark()
-        self._flat: tuple[list[str], tuple[Any, ...]] | None = None
+        self._flat = None
         for name in storage.part_names(spec):
             if name in parts:
                 setattr(self, _slot(name), parts[name])

@@ -240,7 +240,8 @@ def scales_of(named: Mapping[str, Tensor], form: WeightForm, inputs: int) -> Ten
     rows = listed.unflatten(1, (-(-inputs // form.inputs_per_row), -1))[:, :, : form.scales_per_row].flatten(1)
     step, group = form.inputs_per_row // form.scales_per_row, form.spec.group or inputs
     firsts = torch.arange(0, inputs, group, device=words.device) // step
-    return rows[:, firsts].float() * named["norm_ptr"] / form.factor
+    scales: Tensor = rows[:, firsts].float() * named["norm_ptr"] / form.factor
+    return scales
 
 
 def _tables(form: WeightForm, device: torch.device) -> dict[str, Tensor]:

@@ -111,5 +111,5 @@ def _let_share(held: Held, layout: Layout, prepared: Sequence[Tensor], first: in
             continue
         memory.append(old.untyped_storage())
         with torch.inference_mode(old.is_inference()):
-            old.set_(new)
+            old.set_(new.untyped_storage(), new.storage_offset(), new.shape, new.stride())
     return memory
