@@ -1,7 +1,6 @@
-"""What each family of checkpoints needs in a GGUF file: metadata, tensor names, order of rows.
+"""What each family of checkpoints needs in a GGUF file: metadata and order of rows.
 
-A family is a row of ARCHITECTURES, found by the `model_type` of the configuration. Tensor names come from the table
-of the `gguf` package.
+A family is a row of ARCHITECTURES, found by the `model_type` of the configuration.
 
 llama.cpp rotates neighbouring pairs of a head where Hugging Face rotates the two halves against each other; for the
 families whose kernel does so, rows of the query and key projections are interleaved: [0, d/2, 1, d/2 + 1, ...].
@@ -11,15 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import gguf
 import torch
 from gguf import MODEL_TENSOR, GGUFValueType, Keys
 from torch import Tensor, nn
 
-from ptqc.codegen.export._gguf_rotary import rotary_factors, rotary_fields
+from ptqc.codegen.export._gguf_rotary import rotary_fields
 from ptqc.errors import ExportError
 
-__all__ = ["ARCHITECTURES", "Architecture", "Metadata", "Placement", "architecture_of", "metadata", "placements"]
+__all__ = ["ARCHITECTURES", "Architecture", "Metadata", "architecture_of", "interleaved_rows", "metadata"]
 
 UINT, FLOAT = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 
@@ -66,6 +64,7 @@ class Architecture:
     name: what llama.cpp calls it. orders: of the rows of some tensors, from their number and the configuration. fixed:
     config names whose one value (or function of the configuration) llama.cpp computes; an absent one counts as that.
     has_offset_gains: vectors are gains less 1 in the model. rotates_partly: of each head, a part is rotated.
+    is_rotated: positions are rotations. renamed: parts of names, and how the table of the `gguf` package spells them.
     """
 
     name: str
@@ -74,32 +73,19 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     has_offset_gains: bool = False
     rotates_partly: bool = False
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a weight of the model goes. rows: order of its rows in the file, or None. role: which tensor it is.
-    offset: what the file adds to its numbers."""
-
-    name: str
-    stored_name: str
-    role: MODEL_TENSOR
-    weight: Tensor
-    rows: Tensor | None = None
-    offset: float = 0.0
+    is_rotated: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def layer(self) -> int:
-        """The layer that the tensor belongs to; 0 for those outside of layers."""
-        parts = self.stored_name.split(".")
-        return int(parts[1]) if parts[0] == "blk" else 0
+    def has_experts(self) -> bool:
+        """Whether its layers have experts."""
+        return any(row.key == Keys.LLM.EXPERT_COUNT for row in self.fields)
 
-    def arranged(self) -> Tensor:
-        """The weight as the file has it."""
-        weight = self.weight.detach()
-        if self.offset:
-            weight = weight.float() + self.offset
-        return weight if self.rows is None else weight.index_select(0, self.rows.to(weight.device))
+    def spelled(self, name: str) -> str:
+        """The name of a parameter as the table of the `gguf` package has it."""
+        for ours, theirs in self.renamed.items():
+            name = name.replace(ours, theirs)
+        return name
 
 
 def head_dim(config: Any) -> int:
@@ -124,13 +110,16 @@ def _heads_to_kinds(rows: int, config: Any) -> Tensor:
     return torch.arange(rows).view(heads, 3, rows // heads // 3).transpose(0, 1).reshape(-1)
 
 
-_SIZES = (
+_COMMON = (
     Field(Keys.LLM.VOCAB_SIZE, UINT, "vocab_size"),
     Field(Keys.LLM.CONTEXT_LENGTH, UINT, "max_position_embeddings"),
     Field(Keys.LLM.EMBEDDING_LENGTH, UINT, "hidden_size"),
     Field(Keys.LLM.BLOCK_COUNT, UINT, "num_hidden_layers"),
-    Field(Keys.LLM.FEED_FORWARD_LENGTH, UINT, "intermediate_size"),
     Field(Keys.Attention.HEAD_COUNT, UINT, "num_attention_heads"),
+)
+_SIZES = (
+    *_COMMON,
+    Field(Keys.LLM.FEED_FORWARD_LENGTH, UINT, "intermediate_size"),
     Field(Keys.Attention.HEAD_COUNT_KV, UINT, "num_key_value_heads"),
     Field(Keys.Attention.KEY_LENGTH, UINT, head_dim, "head_dim"),
     Field(Keys.Attention.VALUE_LENGTH, UINT, head_dim),
@@ -148,6 +137,23 @@ _NEOX = (
 _STARCODER2 = (*_SIZES, Field(Keys.Attention.LAYERNORM_EPS, FLOAT, "norm_epsilon"))
 _GEMMA2 = (*_DECODER, _SLIDING, _FINAL_CAP, Field(Keys.LLM.ATTN_LOGIT_SOFTCAPPING, FLOAT, "attn_logit_softcapping"))
 _GEMMA3 = (*_DECODER, _SLIDING, _FINAL_CAP)
+_GPT2 = (
+    *_COMMON,
+    Field(Keys.LLM.FEED_FORWARD_LENGTH, UINT, lambda config: config.n_inner or 4 * config.n_embd, "n_inner"),
+    Field(Keys.Attention.LAYERNORM_EPS, FLOAT, "layer_norm_epsilon"),
+)
+
+
+def _experts(count: str) -> tuple[Field, ...]:
+    """Of a layer with experts. count: config name of their number."""
+    return (
+        Field(Keys.LLM.EXPERT_COUNT, UINT, count),
+        Field(Keys.LLM.EXPERT_USED_COUNT, UINT, "num_experts_per_tok"),
+    )
+
+
+_EXPERT_WIDTH = Field(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, UINT, "moe_intermediate_size")
+_SHARED_WIDTH = Field(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, UINT, "shared_expert_intermediate_size")
 
 
 def _every(period: int) -> Callable[[Any], list[str]]:
@@ -166,6 +172,7 @@ _INTERLEAVED = {
 }
 _SILU = {"hidden_act": "silu"}
 _NOT_SLIDING = {"hidden_act": "silu", "use_sliding_window": False}
+_ALL_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _GELU_TANH = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 _SCALED_BY_HEAD = {"query_pre_attn_scalar": head_dim}
 
@@ -174,6 +181,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture("llama", _DECODER, _INTERLEAVED, _SILU | {"sliding_window": None}),
     "qwen2": Architecture("qwen2", _DECODER, fixed=_NOT_SLIDING),
     "qwen3": Architecture("qwen3", _DECODER, fixed=_NOT_SLIDING),
+    "mixtral": Architecture(
+        "llama", (*_DECODER, *_experts("num_local_experts")), _INTERLEAVED, _SILU | {"sliding_window": None}
+    ),
+    "qwen2_moe": Architecture(
+        "qwen2moe", (*_DECODER, *_experts("num_experts"), _EXPERT_WIDTH, _SHARED_WIDTH),
+        fixed=_NOT_SLIDING | _ALL_EXPERTS | {"norm_topk_prob": False},
+    ),
+    "qwen3_moe": Architecture(
+        "qwen3moe", (*_DECODER, *_experts("num_experts"), _EXPERT_WIDTH),
+        fixed=_NOT_SLIDING | _ALL_EXPERTS | {"norm_topk_prob": True},
+    ),
+    "olmoe": Architecture(
+        "olmoe", (*_DECODER, *_experts("num_experts")), fixed=_SILU | {"norm_topk_prob": False, "clip_qkv": None}
+    ),
+    "gpt2": Architecture(
+        "gpt2", _GPT2, is_rotated=False, fixed={
+            "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+    ),
     "olmo2": Architecture("olmo2", _DECODER, fixed=_SILU),
     "phi3": Architecture("phi3", _PHI3, fixed=_SILU),
     "starcoder2": Architecture(
@@ -189,7 +216,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(
         "gemma3", _GEMMA3, fixed=_GELU_TANH | _SCALED_BY_HEAD | {"layer_types": _every(6)}, has_offset_gains=True
     ),
-}
+}  # fmt: skip
 """Families by the `model_type` of their configuration."""
 
 
@@ -220,49 +247,10 @@ def metadata(architecture: Architecture, config: Any) -> list[Metadata]:
     Raises: ExportError for a rotary scaling that llama.cpp does not have.
     """
     rows = [(row.key, row.kind, row.read(config)) for row in architecture.fields]
-    rows += rotary_fields(config, architecture.rotates_partly)
+    rows += rotary_fields(config, architecture.rotates_partly) if architecture.is_rotated else []
     return [Metadata(key.format(arch=architecture.name), kind, value) for key, kind, value in rows if value is not None]
-
-
-def placements(architecture: Architecture, model: nn.Module) -> list[Placement]:
-    """Every tensor of the file, tied weights once.
-
-    Raises: ExportError naming weights the family does not have.
-    """
-    config: Any = model.config
-    table = gguf.get_tensor_name_map(_model_arch(architecture.name), config.num_hidden_layers)
-    placed, unknown = [], []
-    for name, weight in [*model.named_parameters(), *_persistent_buffers(model)]:
-        found = table.get_type_and_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            unknown.append(name)
-            continue
-        role, stored_name = found
-        order = architecture.orders.get(role)
-        rows = None if order is None else order(weight.shape[0], config)
-        offset = 1.0 if architecture.has_offset_gains and weight.ndim == 1 else 0.0
-        placed.append(Placement(name, stored_name, role, weight, rows, offset))
-    if unknown:
-        raise ExportError(
-            f'"{architecture.name}" in llama.cpp has no place for {", ".join(unknown[:5])} '
-            f"({len(unknown)} weights); merge adapters and fold wrappers into the model first"
-        )
-    factors = rotary_factors(config)
-    if factors is not None:
-        stored_name = f"{gguf.TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight"
-        placed.append(Placement("rotary scaling", stored_name, MODEL_TENSOR.ROPE_FREQS, factors))
-    return placed
 
 
 def interleaved_rows(rows: int, heads: int) -> Tensor:
     """Order of rows that turns rotation by halves into rotation by neighbours; row i of the file is row result[i]."""
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
-
-
-def _model_arch(name: str) -> Any:
-    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
-
-
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    saved = model.state_dict().keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]

@@ -26,7 +26,9 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     Raises: CheckpointError for an architecture that is not known, or metadata that do not describe one.
     """
     name = contents.metadata.get(Keys.General.ARCHITECTURE)
-    kinds = [kind for kind, row in ARCHITECTURES.items() if row.name == name]
+    has_experts = bool(contents.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=name)))
+    named = {kind: row for kind, row in ARCHITECTURES.items() if row.name == name}
+    kinds = [kind for kind, row in named.items() if row.has_experts == has_experts]
     if not kinds:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
         raise CheckpointError(f"{contents.path} is of architecture {name!r}; those that can be read: {known}")
@@ -38,7 +40,8 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     settings |= _from_tensors(contents)
     if "query_pre_attn_scalar" in architecture.fixed:
         settings["query_pre_attn_scalar"] = settings.get("head_dim")
-    settings["rope_parameters"] = _rotary(contents, architecture, settings)
+    if architecture.is_rotated:
+        settings["rope_parameters"] = _rotary(contents, architecture, settings)
     try:
         config = transformers.AutoConfig.for_model(kinds[0], **settings)
     except Exception as error:  # hostile values fail anywhere in transformers, in any way

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptqc.codegen.export._gguf_architectures import Placement
 from ptqc.codegen.export._gguf_parse import parse
+from ptqc.codegen.export._gguf_placement import Placement
 from ptqc.errors import CheckpointError, ExportError
 
 __all__ = ["importance_by_tensor", "read_imatrix", "write_imatrix"]
@@ -41,18 +41,18 @@ def importance_by_tensor(source: Source, placed: Sequence[Placement]) -> tuple[d
     if source is None:
         return {}, ()
     if isinstance(source, (str, os.PathLike)):
-        given, key = read_imatrix(source), {at.stored_name: at.stored_name for at in placed}
+        given, names = read_imatrix(source), {at.stored_name: at.stored_name for at in placed}
     else:
         given = {name: np.asarray(value.detach().float().cpu().numpy()) for name, value in source.items()}
-        key = {at.name: at.stored_name for at in placed}
-    found = {key[name]: value.reshape(-1) for name, value in given.items() if name in key}
+        names = {at.stored_name: at.name for at in placed}
+    found = {stored: given[name].reshape(-1) for stored, name in names.items() if name in given}
     if not found:
-        known = next(iter(key), "none")
+        known = next(iter(names.values()), "none")
         raise ExportError(
             f"the importance names {next(iter(given), 'nothing')} ..., none of which this model has; its weights are "
             f"called {known} ..."
         )
-    lost = [name for name in given if name not in key]
+    lost = sorted(given.keys() - names.values())
     return found, (f"{len(lost)} entries of the importance have no tensor here: {lost[0]} ...",) if lost else ()
 
 

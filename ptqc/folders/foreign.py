@@ -28,7 +28,7 @@ from ptqc.folders.sources import direct_sources
 from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import check_extras
 
-__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign"]
+__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign", "stored_pieces"]
 
 log = logging.getLogger("ptqc")
 
@@ -149,7 +149,7 @@ def load_foreign(
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
         log.info("%s: %s; put together from pieces", stored.path, sources)
-        wanted = _pieces(model, seen)
+        wanted = stored_pieces(model, seen)
     else:
         names = {id(entry): name for name, entry in seen.entries.items()}
         wanted = {target: [names[id(entry)]] for target, entry in sources.entries.items()}
@@ -174,7 +174,7 @@ def fill_foreign(model: nn.Module, stored: ModelFolder, foreign: Foreign, dtype:
     return model
 
 
-def _pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
+def stored_pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
     """The stored names of the pieces of every parameter, in the order of its rows.
 
     Raises: CheckpointError if one is missing, or has another shape.
