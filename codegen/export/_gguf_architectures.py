@@ -193,7 +193,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed=_NOT_SLIDING | _ALL_EXPERTS | {"norm_topk_prob": True},
     ),
     "olmoe": Architecture(
-        "olmoe", (*_DECODER, *_experts("num_experts")), fixed=_SILU | {"norm_topk_prob": False, "clip_qkv": None}
+        "olmoe", (*_DECODER, *_experts("num_experts")), fixed=_SILU | {
+            "norm_topk_prob": False, "clip_qkv": None, "num_key_value_heads": lambda config: config.num_attention_heads,
+        },
     ),
     "gpt2": Architecture(
         "gpt2", _GPT2, is_rotated=False, fixed={

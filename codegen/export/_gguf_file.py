@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ptqc.codegen.export._gguf_architectures import Metadata
 from ptqc.codegen.export._gguf_blocks import BlockType
 from ptqc.codegen.export._gguf_encode import encode_bands, fate_of
+from ptqc.codegen.export._gguf_parse import parse
 from ptqc.codegen.export._gguf_placement import Placement
 from ptqc.codegen.export._gguf_tokenizer import Vocabulary
 from ptqc.codegen.exporters import ExportedTensor, Fate, require_space
@@ -118,7 +119,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def _read_back(path: Path, written: Sequence[ExportedTensor]) -> None:
-    found = [(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in gguf.GGUFReader(path).tensors]
+    """With our own reader: that of the package takes seconds and 240 MB for a vocabulary of 128256 tokens."""
+    found = [(name, tensor.kind.name, tensor.nbytes) for name, tensor in parse(path).tensors.items()]
     wanted = [(tensor.stored_name, tensor.stored_as, tensor.nbytes) for tensor in written]
     if found != wanted:
         lost = next(name for name in wanted if name not in found)
