@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ptqc.codegen.dialect import DIALECTS, DamagedWeight, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
 from ptqc.folders.architecture import build_unfilled, planned_dtype
-from ptqc.folders.flatten import untied
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
 from ptqc.folders.naming import stacked, stored_names
@@ -179,7 +178,7 @@ def stored_pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
 
     Raises: CheckpointError if one is missing, or has another shape.
     """
-    state = untied(model.state_dict(keep_vars=True))[0]
+    state = {place.names[0]: place.tensor for place in places_of(model)}
     wanted: dict[str, list[tuple[tuple[int, int], str]]] = {}
     for name, piece in stored_names(model, state).items():
         shape = tuple(piece.of(torch.empty(state[piece.name].shape, device="meta")).shape)

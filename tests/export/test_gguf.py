@@ -1,13 +1,11 @@
 import gguf
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ptqc.codegen.export._gguf_architectures import architecture_of, placements
 from ptqc.codegen.exporters import export
 from ptqc.errors import ExportError
-from tests.export._models import llama_logits, quantized, relative, small_model, stored
+from tests.export._models import decoded, llama_logits, quantized, relative, small_model, stored
 
 resource = pytest.importorskip("resource")
 
@@ -16,22 +14,8 @@ def tensors_of(path):
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-def values(tensor):
-    numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return torch.from_numpy(numbers.reshape([int(size) for size in tensor.shape[::-1]]).astype(np.float32))
-
-
 def types_of(path):
     return {name: tensor.tensor_type.name for name, tensor in tensors_of(path).items()}
-
-
-def decoded(path, model):
-    """The weights in a file by the names of the model, in its order of rows."""
-    read, weights = tensors_of(path), {}
-    for at in placements(architecture_of(model), model):
-        numbers = values(read[at.stored_name])
-        weights[at.name] = numbers if at.rows is None else torch.empty_like(numbers).index_copy_(0, at.rows, numbers)
-    return weights
 
 
 def test_float32_comes_back_exactly(tmp_path, reference_folder):

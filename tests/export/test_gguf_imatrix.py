@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqc.codegen.export._gguf_architectures import architecture_of, placements
+from ptqc.codegen.export._gguf_architectures import architecture_of
 from ptqc.codegen.export._gguf_imatrix import importance_by_tensor, read_imatrix, write_imatrix
+from ptqc.codegen.export._gguf_placement import placements
 from ptqc.errors import CheckpointError, ExportError
 from tests.export._models import small_model
 
