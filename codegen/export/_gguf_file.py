@@ -12,9 +12,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, Keys
 from numpy.typing import NDArray
 
-from ptqc.codegen.export._gguf_architectures import Metadata
 from ptqc.codegen.export._gguf_blocks import BlockType
 from ptqc.codegen.export._gguf_encode import encode_bands, fate_of
+from ptqc.codegen.export._gguf_family import Metadata
 from ptqc.codegen.export._gguf_parse import parse
 from ptqc.codegen.export._gguf_placement import Placement
 from ptqc.codegen.export._gguf_tokenizer import Vocabulary

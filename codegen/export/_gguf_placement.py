@@ -17,7 +17,7 @@ from gguf import MODEL_TENSOR
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ptqc.codegen.export._gguf_architectures import Architecture
+from ptqc.codegen.export._gguf_family import Architecture
 from ptqc.codegen.export._gguf_rotary import rotary_factors
 from ptqc.codegen.exporters import ReadRows
 from ptqc.errors import ExportError
@@ -154,7 +154,8 @@ def _plain(
         shape = shape[1:]
     order = architecture.orders.get(role)
     rows = None if order is None else order(shape[0], config)
-    offset = 1.0 if architecture.has_offset_gains and len(shape) == 1 else 0.0
+    is_gain = len(shape) == 1 and stored_name.endswith(".weight")
+    offset = 1.0 if architecture.has_offset_gains and is_gain else 0.0
     return [Placement(name, stored_name, role, _matrix(weight), shape, read, rows, is_transposed, offset)]
 
 

@@ -23,10 +23,11 @@ from gguf import MODEL_TENSOR, GGUFValueType, Keys, LlamaFileType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ptqc.codegen.export._gguf_architectures import Metadata, architecture_of, metadata
+from ptqc.codegen.export._gguf_architectures import architecture_of, metadata
 from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_carry import carried
 from ptqc.codegen.export._gguf_encode import exact_type
+from ptqc.codegen.export._gguf_family import Metadata
 from ptqc.codegen.export._gguf_file import Planned, write_file
 from ptqc.codegen.export._gguf_imatrix import importance_by_tensor
 from ptqc.codegen.export._gguf_mixes import ALIASES, MIXES, Facts, Place, fitting_type, type_in_mix

@@ -9,7 +9,7 @@ from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_mixes import MIXES
 from ptqc.codegen.exporters import export
 from tests.export import _llama_cpp
-from tests.export._models import small_model
+from tests.export._models import EXPERTS, small_model
 from tests.export.test_gguf_tokenizer import byte_level
 
 pytest.importorskip("llama_cpp")
@@ -17,14 +17,17 @@ SIZES = {"vocab_size": 700, "hidden_size": 256, "intermediate_size": 256, "num_h
 CODED = [name for name, kind in TYPES.items() if kind.spec is not None]
 
 
-@pytest.fixture(scope="module", params=["plain", "tied, grouped", "odd rows"])
+@pytest.fixture(scope="module", params=["plain", "tied, grouped", "odd rows", "experts", "shared expert", "transposed"])
 def model_and_file(request, tmp_path_factory):
-    changes = {
-        "plain": {"num_attention_heads": 8, "num_key_value_heads": 4},
-        "tied, grouped": {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        "odd rows": {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 288},
+    family, changes = {
+        "plain": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+        "tied, grouped": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+        "odd rows": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 288}),
+        "experts": ("Mixtral", EXPERTS | {"num_local_experts": 8, "num_key_value_heads": 4}),
+        "shared expert": ("Qwen2Moe", EXPERTS | {"moe_intermediate_size": 256}),
+        "transposed": ("GPT2", {}),
     }[request.param]
-    model, path = small_model(**(SIZES | changes)), tmp_path_factory.mktemp("source") / "f32.gguf"
+    model, path = small_model(family, **(SIZES | changes)), tmp_path_factory.mktemp("source") / "f32.gguf"
     export(model, "gguf", path, quant="F32", tokenizer=byte_level())
     return model, path
 
