@@ -10,7 +10,6 @@ the first step is ours as well, `--quant F16`.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess

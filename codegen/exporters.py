@@ -192,8 +192,8 @@ def _ask(exporter: Exporter, model: nn.Module, format: str, is_read: bool) -> No
 def staged_file(target: Path) -> Iterator[Path]:
     """A path of the same name in a new folder beside `target`; what was written there is renamed into place at the end.
 
-    Files beside it in that folder go along, before it. On any failure the folder is removed; the next run removes what a
-    killed one left.
+    Files beside it in that folder go along, before it. On any failure the folder is removed; what a killed run left,
+    the next one removes.
 
     Raises: ExportError for operating-system errors, naming the target.
     """

@@ -76,7 +76,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the peak memory of a process")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """285 MB of weights, most of them in one tensor; a process that has exported before needs some bands of rows more."""
+    """285 MB of weights, most of them in one tensor: a process that has exported before needs some bands of rows."""
     from benchmarks.stream_memory import write_model
 
     write_folder(tmp_path / "small")

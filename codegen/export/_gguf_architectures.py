@@ -238,7 +238,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         renamed={"mlp.e_score_correction_bias": "block_sparse_moe.e_score_correction.bias"},
     ),
 }  # fmt: skip
-"""Families by the `model_type` of their configuration. Of families with one name in llama.cpp the simpler come first."""
+"""Families by the `model_type` of their configuration; of those with one name in llama.cpp, the simpler first."""
 
 
 def architecture_of(model: nn.Module) -> Architecture:

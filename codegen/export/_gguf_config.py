@@ -44,8 +44,8 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     if architecture.is_rotated:
         settings["rope_parameters"] = _rotary(contents, architecture, settings)
     try:
-        known = SimpleNamespace(**settings)
-        settings |= {key: rule(known) if callable(rule) else rule for key, rule in architecture.fixed.items()}
+        said = SimpleNamespace(**settings)
+        settings |= {key: rule(said) if callable(rule) else rule for key, rule in architecture.fixed.items()}
         settings |= _from_tensors(contents)
         config = transformers.AutoConfig.for_model(kinds[0], **settings)
     except Exception as error:  # hostile values fail anywhere in transformers, in any way

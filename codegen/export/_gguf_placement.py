@@ -184,6 +184,7 @@ def _matrix(weight: Tensor) -> Tensor:
     if not isinstance(weight, QuantTensor):
         return weight
     upright = weight.detach().mT if weight.is_transposed else weight.detach()
+    assert isinstance(upright, QuantTensor)
     if upright.ndim == 2 or not upright.surroundings.keeps_weight or upright.spec.rows != 1:
         return upright
     flat = {name: part.reshape(-1, part.shape[-1]) if part.ndim > 1 else part for name, part in upright.parts.items()}
