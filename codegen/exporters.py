@@ -22,14 +22,17 @@ from ptqc.registry import Registry
 from ptqc.scratch import hidden, hold, shortage, sweep
 
 __all__ = [
-    "EXPORTERS", "ExportReport", "ExportedTensor", "Exporter", "Fate", "ReadRows", "StreamingExporter", "Written",
-    "export", "is_streaming", "require_space",
+    "EXPORTERS", "ExportReport", "ExportedTensor", "Exporter", "Fate", "OnProgress", "ReadRows",
+    "StreamingExporter", "Written", "export", "is_streaming", "require_space",
 ]  # fmt: skip
 
 log = logging.getLogger("ptqc")
 
 ReadRows = Callable[[str, int, int], Tensor]
 """(name of a parameter, start, stop) -> these rows of it as a matrix [all other axes, last axis]."""
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with the bytes that are done, the bytes there are, and the tensor that they belong to."""
 
 Fate = Literal["lossless", "converted", "requantized"]
 """lossless: the file holds the model's codes and scales, or its very numbers. converted: a float weight in a type that
@@ -93,8 +96,10 @@ class Exporter(Protocol):
 class StreamingExporter(Exporter, Protocol):
     """A file format that is written from a model on the meta device, some rows of a weight at a time."""
 
-    def prepare_streamed(self, model: nn.Module, tokenizer: Any, read: ReadRows) -> Callable[[Path], Written]:
-        """As `prepare`; `read` gives the values of the float parameters and persistent buffers of `model`."""
+    def prepare_streamed(
+        self, model: nn.Module, tokenizer: Any, read: ReadRows | None, on_progress: OnProgress
+    ) -> Callable[[Path], Written]:
+        """As `prepare`; `read` gives the values of float parameters and persistent buffers, None if `model` has them."""
         ...
 
 
@@ -117,13 +122,14 @@ def export(
     quant: str | None = None,
     tokenizer: Any = None,
     read: ReadRows | None = None,
+    on_progress: OnProgress = lambda done, total, name: None,
     **options: Any,
 ) -> ExportReport:
     """Write a model to a file that other programs run.
 
     format: a name that `EXPORTERS.names()` lists. quant: how the format should store the weights, where it has a
     choice. tokenizer: a tokenizer, or its folder, where the format holds one. read: the values of a model on the meta
-    device, for formats that stream. options: fields of the exporter.
+    device, and on_progress: where writing is, for formats that stream. options: fields of the exporter.
     The model is not changed. Nothing is left behind if anything fails.
 
     Example: `ptqc.export(model, "gguf", "model.gguf", quant="Q4_0", tokenizer="./model")`.
@@ -134,11 +140,11 @@ def export(
     exporter = _make(format, {"quant": quant, **options} if quant is not None else options)
     target = _target(Path(path), exporter.suffix)
     _ask(exporter, model, format, is_read=read is not None)
-    if read is None:
-        write = exporter.prepare(model, tokenizer)
+    if isinstance(exporter, StreamingExporter):
+        write = exporter.prepare_streamed(model, tokenizer, read, on_progress)
     else:
-        assert isinstance(exporter, StreamingExporter), f"{format} does not stream"
-        write = exporter.prepare_streamed(model, tokenizer, read)
+        assert read is None, f"{format} does not stream"
+        write = exporter.prepare(model, tokenizer)
     with staged_file(target) as temporary:
         written = write(temporary)
         nbytes = sum(file.stat().st_size for file in temporary.parent.rglob("*") if file.is_file())

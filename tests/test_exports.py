@@ -47,6 +47,18 @@ def test_a_folder_gives_the_file_that_its_loaded_model_gives(tmp_path, monkeypat
     assert {tensor.fate for tensor in report.tensors} == ({"lossless"} if quant is None else {"lossless", "converted"})
 
 
+def test_progress_ends_with_all_bytes(tmp_path):
+    write_folder(tmp_path / "m")
+    seen = []
+    report = ptqc.export(
+        tmp_path / "m", "gguf", tmp_path / "a.gguf", quant="Q8_0", on_progress=lambda *now: seen.append(now)
+    )
+    total = sum(tensor.nbytes for tensor in report.tensors)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert {whole for _, whole, _ in seen} == {total} and seen[-1][0] == total
+    assert {name for _, _, name in seen} == {tensor.name for tensor in report.tensors}
+
+
 def test_what_cannot_be_read_by_rows_is_loaded(tmp_path):
     model = write_folder(tmp_path / "m")
     ptqc.save(ptqc.quantize(model, "rtn", bits=4, group_size=32, progress=False), tmp_path / "q")

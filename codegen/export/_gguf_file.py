@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +18,7 @@ from ptqc.codegen.export._gguf_family import Metadata
 from ptqc.codegen.export._gguf_parse import parse
 from ptqc.codegen.export._gguf_placement import Placement
 from ptqc.codegen.export._gguf_tokenizer import Vocabulary
-from ptqc.codegen.exporters import ExportedTensor, Fate, require_space
+from ptqc.codegen.exporters import ExportedTensor, Fate, OnProgress, require_space
 from ptqc.errors import ExportError
 
 __all__ = ["Planned", "write_file"]
@@ -48,14 +48,27 @@ class Planned:
 
 
 def write_file(
-    path: Path, architecture: str, keys: Sequence[Metadata], vocabulary: Vocabulary, tensors: Sequence[Planned]
+    path: Path,
+    architecture: str,
+    keys: Sequence[Metadata],
+    vocabulary: Vocabulary,
+    tensors: Sequence[Planned],
+    on_progress: OnProgress = lambda done, total, name: None,
 ) -> tuple[ExportedTensor, ...]:
     """Write everything, holding one band of a tensor at a time, and read the tensor table back.
 
     Raises: ExportError for values a type cannot hold, a disk that cannot hold the file, or a file that does not read
     back; OSError.
     """
-    require_space(path, sum(tensor.nbytes for tensor in tensors))
+    total = sum(tensor.nbytes for tensor in tensors)
+    require_space(path, total)
+    done = 0
+
+    def count(name: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        on_progress(done, total, name)
+
     writer = gguf.GGUFWriter(path, architecture)
     try:
         for row in keys:
@@ -70,18 +83,21 @@ def write_file(
         assert writer.fout is not None
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
-        written = tuple(_write_tensor(writer, file, tensor) for tensor in tensors)
+        written = tuple(_write_tensor(writer, file, tensor, count) for tensor in tensors)
     finally:
         writer.close()
     _read_back(path, written)
     return written
 
 
-def _write_tensor(writer: gguf.GGUFWriter, file: BinaryIO, tensor: Planned) -> ExportedTensor:
+def _write_tensor(
+    writer: gguf.GGUFWriter, file: BinaryIO, tensor: Planned, count: Callable[[str, int], None]
+) -> ExportedTensor:
     """Not by the writer, which takes tensors whole."""
     at, kind = tensor.at, tensor.kind.name
     for piece in encode_bands(at, tensor.kind, tensor.importance):
         file.write(piece.data)
+        count(at.name, piece.nbytes)
     writer.write_padding(file, tensor.nbytes)
     log.debug("%s -> %s: %s, %s, %d bytes", at.name, at.stored_name, kind, tensor.fate, tensor.nbytes)
     return ExportedTensor(at.name, at.stored_name, kind, tensor.fate, tensor.nbytes)

@@ -57,10 +57,14 @@ def importance_by_tensor(source: Source, placed: Sequence[Placement]) -> tuple[d
 
 
 def write_imatrix(path: str | os.PathLike[str], importance: Mapping[str, Tensor | Floats], rows: int = 1) -> None:
-    """Write importance [in] by GGUF name, in the older format if the path ends in .dat. rows: that it is a mean of."""
+    """Write importance [in], or [experts, in], by GGUF name, in the older format if the path ends in .dat.
+
+    rows: that it is a mean of.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
-    values = {name: np.ascontiguousarray(value, dtype=np.float32).reshape(-1) for name, value in importance.items()}
+    given = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in importance.items()}
+    values = {name: value.reshape(-1, value.shape[-1]) for name, value in given.items()}
     try:
         (_write_dat if target.suffix == ".dat" else _write_gguf)(temporary, values, rows)
         os.replace(temporary, target)
@@ -94,8 +98,8 @@ def _write_gguf(path: Path, values: Mapping[str, Floats], rows: int) -> None:
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", rows)
     for name in sorted(values):
-        writer.add_tensor(name + _SUMS, values[name][None] * np.float32(rows))
-        writer.add_tensor(name + _COUNTS, np.full((1, 1), rows, np.float32))
+        writer.add_tensor(name + _SUMS, values[name] * np.float32(rows))
+        writer.add_tensor(name + _COUNTS, np.full((len(values[name]), 1), rows, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -31,9 +31,9 @@ from ptqc.codegen.export._gguf_family import Metadata
 from ptqc.codegen.export._gguf_file import Planned, write_file
 from ptqc.codegen.export._gguf_imatrix import importance_by_tensor
 from ptqc.codegen.export._gguf_mixes import ALIASES, MIXES, Facts, Place, fitting_type, type_in_mix
-from ptqc.codegen.export._gguf_placement import Placement, placements, rows_in
+from ptqc.codegen.export._gguf_placement import Placement, placements
 from ptqc.codegen.export._gguf_tokenizer import read_vocabulary
-from ptqc.codegen.exporters import EXPORTERS, ReadRows, Written
+from ptqc.codegen.exporters import EXPORTERS, OnProgress, ReadRows, Written
 from ptqc.errors import ExportError
 from ptqc.qtensor import QuantTensor
 
@@ -72,9 +72,15 @@ class GGUF:
 
     def prepare(self, model: nn.Module, tokenizer: Any) -> Callable[[Path], Written]:
         """See `ptqc.codegen.exporters.Exporter`."""
-        return self.prepare_streamed(model, tokenizer, rows_in(model))
+        return self.prepare_streamed(model, tokenizer)
 
-    def prepare_streamed(self, model: nn.Module, tokenizer: Any, read: ReadRows) -> Callable[[Path], Written]:
+    def prepare_streamed(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        read: ReadRows | None = None,
+        on_progress: OnProgress = lambda done, total, name: None,
+    ) -> Callable[[Path], Written]:
         """See `ptqc.codegen.exporters.StreamingExporter`."""
         architecture = architecture_of(model)
         config: Any = model.config
@@ -93,7 +99,7 @@ class GGUF:
             *metadata(architecture, config),
         ]
         notes = vocabulary.notes + _notes(tensors) + unmatched
-        return lambda path: Written(write_file(path, architecture.name, keys, vocabulary, tensors), notes)
+        return lambda path: Written(write_file(path, architecture.name, keys, vocabulary, tensors, on_progress), notes)
 
     def _planned(self, at: Placement, facts: Facts, importance: NDArray[np.float32] | None) -> Planned:
         """By the rules of this file."""

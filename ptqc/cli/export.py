@@ -8,7 +8,7 @@ import typer
 
 from ptqc.cli._models import Model, TrustRemoteCode, be_quiet
 from ptqc.cli._options import Options, read_options
-from ptqc.cli._output import Json, emit, note, progress
+from ptqc.cli._output import Json, emit, progress
 from ptqc.errors import PtqcError
 
 __all__ = ["export"]
@@ -62,9 +62,9 @@ def export(
     else:
         if out.exists() and not overwrite:
             raise PtqcError(f"{out} exists; add --overwrite or name another file")
-        note(f"writing {out}")
         be_quiet()
         source = model if Path(model).is_file() else local_folder(model)
-        report = write(source, format, out, trust_remote_code=trust_remote_code, **options)
+        with progress(f"writing {out}", "bytes") as advance:
+            report = write(source, format, out, trust_remote_code=trust_remote_code, on_progress=advance, **options)
     document = asdict(report) | {"path": str(report.path), "quant": quant}
     emit(document, lambda: typer.echo(str(report)), is_json)
