@@ -11,6 +11,7 @@ the first step is ours as well, `--quant F16`.
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -42,13 +43,16 @@ Q4_K_M = 15
 
 
 def run(code: str, *arguments: object) -> dict[str, float]:
-    """Peak memory and seconds of a Python program in a process of its own."""
-    began = time.perf_counter()
+    """Peak memory and seconds, by the clock and of the cores, of a Python program in a process of its own."""
+    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": int(done.stderr.rpartition("peak ")[2])}
+    seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cores = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    peak = int(done.stderr.rpartition("peak ")[2])
+    return {"seconds": round(seconds, 1), "core_seconds": round(cores, 1), "peak_bytes": peak}
 
 
 def measure(folder: Path, threads: int) -> dict[str, dict[str, float]]:
@@ -81,9 +85,9 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{arguments.layers} layers, {input_bytes / 1e9:.2f} GB in bfloat16, {threads} threads")
-    print("program                  output GB  peak GB       s")
+    print("program                  output GB  peak GB       s  core s")
     for name, row in rows.items():
-        print(f"{name:24} {row['output_bytes'] / 1e9:9.3f} {row['peak_bytes'] / 1e9:8.3f} {row['seconds']:7.1f}")
+        print(f"{name:24} {row['output_bytes'] / 1e9:9.3f} {row['peak_bytes'] / 1e9:8.3f} {row['seconds']:7.1f} {row['core_seconds']:7.1f}")
     if arguments.json is not None:
         more = {
             "limit_bytes": LIMIT_BYTES, "input_bytes": input_bytes, "layers": arguments.layers, "cpu": cpu_name(),

@@ -99,7 +99,7 @@ class StreamingExporter(Exporter, Protocol):
     def prepare_streamed(
         self, model: nn.Module, tokenizer: Any, read: ReadRows | None, on_progress: OnProgress
     ) -> Callable[[Path], Written]:
-        """As `prepare`; `read` gives the values of float parameters and persistent buffers, None if `model` has them."""
+        """As `prepare`; `read` gives the values of float parameters and buffers, None if `model` has them."""
         ...
 
 
