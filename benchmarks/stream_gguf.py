@@ -87,7 +87,8 @@ def main() -> None:
     print(f"{arguments.layers} layers, {input_bytes / 1e9:.2f} GB in bfloat16, {threads} threads")
     print("program                  output GB  peak GB       s  core s")
     for name, row in rows.items():
-        print(f"{name:24} {row['output_bytes'] / 1e9:9.3f} {row['peak_bytes'] / 1e9:8.3f} {row['seconds']:7.1f} {row['core_seconds']:7.1f}")
+        sizes = f"{row['output_bytes'] / 1e9:9.3f} {row['peak_bytes'] / 1e9:8.3f}"
+        print(f"{name:24} {sizes} {row['seconds']:7.1f} {row['core_seconds']:7.1f}")
     if arguments.json is not None:
         more = {
             "limit_bytes": LIMIT_BYTES, "input_bytes": input_bytes, "layers": arguments.layers, "cpu": cpu_name(),
