@@ -38,6 +38,7 @@ def _halves_to_neighbours(heads: str) -> Order:
 def _heads_to_kinds(rows: int, config: Any) -> Tensor:
     """Query, key and value of every head side by side -> all queries, all keys, all values."""
     heads = config.num_attention_heads
+    _check_heads(rows, heads, 3)
     return torch.arange(rows).view(heads, 3, rows // heads // 3).transpose(0, 1).reshape(-1)
 
 
@@ -273,5 +274,14 @@ def metadata(architecture: Architecture, config: Any) -> list[Metadata]:
 
 
 def interleaved_rows(rows: int, heads: int) -> Tensor:
-    """Order of rows that turns rotation by halves into rotation by neighbours; row i of the file is row result[i]."""
+    """Order of rows that turns rotation by halves into rotation by neighbours; row i of the file is row result[i].
+
+    Raises: ExportError if heads do not have an even number of rows each.
+    """
+    _check_heads(rows, heads, 2)
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+
+
+def _check_heads(rows: int, heads: int, parts: int) -> None:
+    if heads < 1 or rows < 1 or rows % (parts * heads):
+        raise ExportError(f"{rows} rows of a projection cannot be rotated in {heads} heads of {parts} equal parts each")
