@@ -113,7 +113,7 @@ def test_stored_experts_on_another_grid_are_encoded_anew(tmp_path, spec):
 def test_every_expert_has_its_own_importance(tmp_path):
     model = small_model("Mixtral", **FAMILIES["Mixtral"])
     name, stack = "model.layers.0.mlp.experts.down_proj", torch.ones(4, 256)
-    export(model, "gguf", tmp_path / "plain.gguf", quant="Q4_0", tokenizer=byte_level())
+    export(model, "gguf", tmp_path / "plain.gguf", quant="Q4_0", tokenizer=byte_level(), importance={name: stack})
     stack[2, :16] = 100.0
     export(model, "gguf", tmp_path / "own.gguf", quant="Q4_0", tokenizer=byte_level(), importance={name: stack})
     plain, own = decoded(tmp_path / "plain.gguf", model)[name], decoded(tmp_path / "own.gguf", model)[name]
