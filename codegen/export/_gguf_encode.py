@@ -1,9 +1,10 @@
 """From a weight to the bytes of a GGUF tensor: carried over where the type holds its codes, else searched.
 
-A weight is cut into tiles of some hundred rows and whole blocks, which stay in the cache of a core; a pool of threads
-works on them.
+A tensor is read and written in bands of rows, so that no more than one of them is in memory. A band is cut into tiles
+of some hundred rows and whole blocks, which stay in the cache of a core; a pool of threads works on them.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from ptqc.codegen.export._gguf_blocks import TYPES, BlockType
 from ptqc.codegen.export._gguf_carry import carried
+from ptqc.codegen.export._gguf_placement import Placement
 from ptqc.codegen.exporters import Fate
 from ptqc.errors import ExportError
 from ptqc.qtensor import QuantTensor
 
-__all__ = ["encode_weight", "exact_type", "fate_of"]
+__all__ = ["encode_bands", "encode_weight", "exact_type", "fate_of"]
 
+_WEIGHTS_IN_BAND = 1 << 23
 _WEIGHTS_AT_ONCE = 1 << 17
 """Weights of a tile."""
 _ROWS_AT_ONCE = 256
@@ -35,11 +38,37 @@ def fate_of(weight: Tensor, kind: BlockType) -> Fate:
     return "requantized" if isinstance(weight, QuantTensor) else "converted"
 
 
-def exact_type(weight: Tensor) -> str:
-    """The smallest type that holds a weight as it is; for a stored weight whose grid no type has, a float type."""
-    divided = [kind for kind in TYPES.values() if weight.shape[-1] % kind.weights == 0]
+def exact_type(weight: Tensor, columns: int) -> str:
+    """The smallest type that holds a weight with rows of so many columns as it is; for a stored weight whose grid no
+    type has, a float type."""
+    divided = [kind for kind in TYPES.values() if columns % kind.weights == 0]
     fitting = [kind for kind in divided if fate_of(weight, kind) == "lossless"]
     return min(fitting, key=lambda kind: kind.nbytes / kind.weights).name
+
+
+def encode_bands(
+    at: Placement, kind: BlockType, importance: NDArray[np.float32] | None = None
+) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a tensor, one band of rows after the other. importance: [in], or [lead * in] for a stack, in which
+    every matrix has its own.
+
+    Raises: ExportError as `encode_weight` does, and for an importance of another size.
+    """
+    rows, columns = at.matrix_shape
+    own = [None] if importance is None else _by_matrix(importance, rows, at)
+    for number, counts in enumerate(own):
+        first, last = number * rows // len(own), (number + 1) * rows // len(own)
+        step = last - first if at.is_read_whole else max(_ROWS_AT_ONCE, _WEIGHTS_IN_BAND // columns)
+        for start in range(first, last, step):
+            yield encode_weight(at.band(start, min(start + step, last)), kind, at.name, counts)
+
+
+def _by_matrix(importance: NDArray[np.float32], rows: int, at: Placement) -> list[NDArray[np.float32] | None]:
+    """One for the whole tensor, or one for each matrix of a stack."""
+    stack = math.prod(at.shape[:-2])
+    if importance.size == stack * at.shape[-1]:
+        return list(importance.reshape(stack, -1))
+    return [importance]
 
 
 def encode_weight(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ptqc.codegen.dialect import DIALECTS, DamagedWeight, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
 from ptqc.folders.architecture import build_unfilled, planned_dtype
-from ptqc.folders.flatten import untied
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
 from ptqc.folders.naming import stacked, stored_names
@@ -28,7 +27,7 @@ from ptqc.folders.sources import direct_sources
 from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import check_extras
 
-__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign"]
+__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign", "stored_pieces"]
 
 log = logging.getLogger("ptqc")
 
@@ -149,7 +148,7 @@ def load_foreign(
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
         log.info("%s: %s; put together from pieces", stored.path, sources)
-        wanted = _pieces(model, seen)
+        wanted = stored_pieces(model, seen)
     else:
         names = {id(entry): name for name, entry in seen.entries.items()}
         wanted = {target: [names[id(entry)]] for target, entry in sources.entries.items()}
@@ -174,12 +173,12 @@ def fill_foreign(model: nn.Module, stored: ModelFolder, foreign: Foreign, dtype:
     return model
 
 
-def _pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
+def stored_pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
     """The stored names of the pieces of every parameter, in the order of its rows.
 
     Raises: CheckpointError if one is missing, or has another shape.
     """
-    state = untied(model.state_dict(keep_vars=True))[0]
+    state = {place.names[0]: place.tensor for place in places_of(model)}
     wanted: dict[str, list[tuple[tuple[int, int], str]]] = {}
     for name, piece in stored_names(model, state).items():
         shape = tuple(piece.of(torch.empty(state[piece.name].shape, device="meta")).shape)

@@ -2,14 +2,16 @@
 
 import struct
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqc.codegen.export._gguf_architectures import architecture_of, placements
+from ptqc.codegen.export._gguf_architectures import architecture_of
 from ptqc.codegen.export._gguf_imatrix import importance_by_tensor, read_imatrix, write_imatrix
+from ptqc.codegen.export._gguf_placement import placements
 from ptqc.errors import CheckpointError, ExportError
 from tests.export._models import small_model
 
@@ -24,6 +26,16 @@ def test_a_file_comes_back(tmp_path, suffix):
     assert found.keys() == VALUES.keys()
     assert all(np.allclose(found[name], VALUES[name], rtol=1e-6) for name in VALUES)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_stacks_have_a_row_for_each_expert(tmp_path):
+    stack = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+    for suffix in ("dat", "gguf"):
+        write_imatrix(tmp_path / f"i.{suffix}", {"blk.0.ffn_up_exps.weight": stack}, rows=5)
+        found = read_imatrix(tmp_path / f"i.{suffix}")["blk.0.ffn_up_exps.weight"]
+        assert np.allclose(found, stack.reshape(-1), rtol=1e-6)
+    shapes = {tensor.name: tensor.data.shape for tensor in gguf.GGUFReader(tmp_path / "i.gguf").tensors}
+    assert shapes == {"blk.0.ffn_up_exps.weight.in_sum2": (3, 4), "blk.0.ffn_up_exps.weight.counts": (3, 1)}
 
 
 def test_the_older_format_by_hand(tmp_path):
