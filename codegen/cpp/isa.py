@@ -15,8 +15,26 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ISAS", "Isa", "cpu_flags", "running_isa"]
+__all__ = ["ISAS", "Isa", "cpu_flags", "running_isa", "vectors"]
 
+_VECTORS = """\
+#include <cstdint>
+#include <cstring>
+#define UNROLL _Pragma("GCC unroll 32")
+constexpr int L = {lanes};
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef uint8_t vb __attribute__((vector_size(4 * L)));
+typedef int16_t vs __attribute__((vector_size(4 * L)));
+typedef uint16_t vh __attribute__((vector_size(4 * L)));
+typedef int8_t vc __attribute__((vector_size(L)));
+typedef uint16_t vw __attribute__((vector_size(2 * L)));
+template <class V> static inline V load(const void *p) {{ V v; memcpy(&v, p, sizeof v); return v; }}
+template <class V> static inline void store(void *p, V v) {{ memcpy(p, &v, sizeof v); }}
+static inline vf spread(float x) {{ return vf{{{x}}}; }}
+static inline vi spread(int32_t x) {{ return vi{{{x}}}; }}
+"""
 _AVX2 = """\
 #include <immintrin.h>
 static inline vf from_half(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -176,6 +194,11 @@ ISAS: dict[str, Isa] = {
     )
 }  # fmt: skip
 """From the best to what every CPU has."""
+
+
+def vectors(lanes: int) -> str:
+    """The text that names vectors of so many lanes of 32 bits; the functions of an `Isa` follow it."""
+    return _VECTORS.format(lanes=lanes, x=", ".join(["x"] * lanes))
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 
 from ptqc.codegen.cpp.blocks import Blocks
 from ptqc.codegen.cpp.epilogue import FUNCTIONS, epilogue
-from ptqc.codegen.cpp.isa import Isa
+from ptqc.codegen.cpp.isa import Isa, vectors
 from ptqc.codegen.cpp.layout import Layout
 from ptqc.codegen.cpp.levels import Level, exact_level, integer_level
 from ptqc.codegen.cpp.prologue import float_rows, integer_rows
@@ -16,25 +16,6 @@ from ptqc.requests import KernelRequest
 
 __all__ = ["Plan", "plan", "source"]
 
-_TYPES = """\
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
-#define UNROLL _Pragma("GCC unroll 32")
-constexpr int L = {lanes};
-typedef float vf __attribute__((vector_size(4 * L)));
-typedef int32_t vi __attribute__((vector_size(4 * L)));
-typedef uint32_t vu __attribute__((vector_size(4 * L)));
-typedef uint8_t vb __attribute__((vector_size(4 * L)));
-typedef int16_t vs __attribute__((vector_size(4 * L)));
-typedef uint16_t vh __attribute__((vector_size(4 * L)));
-typedef int8_t vc __attribute__((vector_size(L)));
-typedef uint16_t vw __attribute__((vector_size(2 * L)));
-template <class V> static inline V load(const void *p) {{ V v; memcpy(&v, p, sizeof v); return v; }}
-template <class V> static inline void store(void *p, V v) {{ memcpy(p, &v, sizeof v); }}
-static inline vf spread(float x) {{ return vf{{{x}}}; }}
-static inline vi spread(int32_t x) {{ return vi{{{x}}}; }}
-"""
 _MEMORY = """\
 struct Operand { const void *data; long kind; };  // 0: float32, 1: float16, 2: bfloat16, 3: int32
 template <int KIND> static inline vf read_full(const void *p, long at) {
@@ -211,7 +192,7 @@ def source(plan: Plan) -> str:
         product = narrow + level_bytes(level, layout.is_signed) + integer_rows(request.prologue, request.act, before)
         tile = integer_tile(plan.scale, plan.has_offset)
     return "".join((
-        _TYPES.format(lanes=isa.lanes, x=", ".join(["x"] * isa.lanes)),
+        "#include <omp.h>\n", vectors(isa.lanes),
         *(f"constexpr int {name} = {value};\n" for name, value in constants.items()),
         "#define PREFETCH(p) __builtin_prefetch((p) + 1024)\n",
         isa.functions, _MEMORY, _NUMBERS[request.dtype], _WRITE, _JOB, FUNCTIONS, product,

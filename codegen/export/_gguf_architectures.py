@@ -255,7 +255,12 @@ def placements(architecture: Architecture, model: nn.Module) -> list[Placement]:
 
 
 def interleaved_rows(rows: int, heads: int) -> Tensor:
-    """Order of rows that turns rotation by halves into rotation by neighbours; row i of the file is row result[i]."""
+    """Order of rows that turns rotation by halves into rotation by neighbours; row i of the file is row result[i].
+
+    Raises: ExportError if heads do not have an even number of rows each.
+    """
+    if heads < 1 or rows < 1 or rows % (2 * heads):
+        raise ExportError(f"{rows} rows of a projection cannot be rotated in {heads} heads; heads take an even share")
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 

@@ -33,7 +33,8 @@ class BlockType:
 
     encode: finite float32 [rows, columns], and the importance [columns] of the columns or None -> bytes
     [rows, columns / weights * nbytes]. largest: the greatest magnitude it takes, with room for every scale that a
-    search may try. spec, layout: of its codes, None for floats. exact_for: float types whose every value it stores.
+    search may try. spec, layout: of its codes, None for floats. search: for its scales, if there is one. exact_for: float
+    types whose every value it stores.
     """
 
     name: str
@@ -43,6 +44,7 @@ class BlockType:
     encode: Callable[[Floats, Floats | None], Bytes]
     spec: WeightSpec | None = None
     layout: Layout | None = None
+    search: Search | None = None
     exact_for: frozenset[torch.dtype] = frozenset()
 
     @property
@@ -118,7 +120,7 @@ def _searched(name: str, search: Search) -> BlockType:
         return layout.pack(search.run(rows, importance)).reshape(len(rows), -1)
 
     return BlockType(
-        name, layout.weights, layout.nbytes, largest_magnitude(search.spec), encode, search.spec, layout
+        name, layout.weights, layout.nbytes, largest_magnitude(search.spec), encode, search.spec, layout, search
     )
 
 

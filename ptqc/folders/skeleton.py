@@ -88,11 +88,14 @@ def _read(stored: ModelFolder, manifest: Manifest, name: str, dtype: torch.dtype
 def put(place: Place, value: Tensor, name: str) -> Tensor:
     """Put a tensor in a place. name: what it is called in the file. Returns what the model holds then.
 
-    Raises: CheckpointError for another shape.
+    Raises: CheckpointError for another shape, or another kind of numbers.
     """
     if value.shape != place.tensor.shape:
         found, wanted = tuple(value.shape), tuple(place.tensor.shape)
         raise CheckpointError(f"{name} is stored with shape {found}, the skeleton has {wanted}; give the right module")
+    if (value.is_floating_point(), value.is_complex()) != (place.tensor.is_floating_point(), place.tensor.is_complex()):
+        found, wanted = value.dtype, place.tensor.dtype
+        raise CheckpointError(f"{name} is stored as {found}, the skeleton has {wanted}; download or save it again")
     is_parameter = isinstance(place.tensor, nn.Parameter)
     if is_parameter and not isinstance(value, nn.Parameter):
         trains = place.tensor.requires_grad and not isinstance(value, QuantTensor)

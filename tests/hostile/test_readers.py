@@ -1,0 +1,65 @@
+"""Readers against files that lie: what they cannot read they refuse in one line, soon, and without the memory that
+the file announces."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from random import Random
+
+import pytest
+import torch
+
+from ptqc.errors import CheckpointError
+from tests.hostile.limits import TooSlowError, bounded, fault_of
+from tests.hostile.readers import READERS, Attack, scratch
+
+_SHARE, _SLOW_SHARE, _ALL = 50, 10, 10_000
+
+
+@pytest.fixture(scope="module", params=READERS)
+def reader(request) -> Iterator[tuple[str, Attack]]:
+    folder = scratch()
+    yield request.param, READERS[request.param].prepare(folder)
+    shutil.rmtree(folder)
+
+
+def faults(name: str, attack: Attack, cases: Iterable[int]) -> dict[int, str]:
+    """What goes wrong, by the number of the case, which is all that a case depends on."""
+    found = {case: fault_of(attack(Random(f"{name} {case}"))) for case in cases}
+    return {case: fault for case, fault in found.items() if fault is not None}
+
+
+def test_a_share_of_the_cases(reader):
+    name, attack = reader
+    assert faults(name, attack, range(_SLOW_SHARE if READERS[name].is_slow else _SHARE)) == {}
+
+
+@pytest.mark.sweep
+def test_ten_thousand_cases(reader):
+    assert faults(*reader, range(_ALL)) == {}
+
+
+def test_damage_is_noticed_and_not_all_the_same(reader):
+    """Cases end in different ways: they reach past the first check."""
+    endings = set()
+    for case in range(20):
+        try:
+            reader[1](Random(case))()
+            endings.add("read")
+        except Exception as error:
+            endings.add(str(error)[-25:])
+    assert len(endings) >= 3
+
+
+def _refuse(text: str) -> None:
+    raise CheckpointError(text)
+
+
+def test_what_is_a_fault():
+    assert fault_of(lambda: 1) is None
+    assert fault_of(lambda: _refuse("the file holds 3 bytes, not 4; save it again")) is None
+    assert "one line" in str(fault_of(lambda: _refuse("the file holds\n3 bytes, not 4")))
+    assert "ValueError" in str(fault_of(lambda: int("x")))
+    assert "RuntimeError" in str(fault_of(lambda: torch.empty(1 << 40, dtype=torch.uint8)))
+    with pytest.raises(TooSlowError), bounded(seconds=0.05):
+        while True:
+            pass
