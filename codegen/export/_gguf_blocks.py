@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_layouts import LAYOUTS, Fields, Layout
+from ptqc.codegen.export._gguf_quick import QuickSearch
 from ptqc.codegen.export._gguf_search import Search, largest_magnitude
 from ptqc.spec import KNOWN_SPECS, WeightSpec
 
@@ -33,8 +34,8 @@ class BlockType:
 
     encode: finite float32 [rows, columns], and the importance [columns] of the columns or None -> bytes
     [rows, columns / weights * nbytes]. largest: the greatest magnitude it takes, with room for every scale that a
-    search may try. spec, layout: of its codes, None for floats. search: for its scales, if there is one. exact_for: float
-    types whose every value it stores.
+    search may try. spec, layout: of its codes, None for floats. search: for its scales, if there is one; quick: instead of
+    it, without importance. exact_for: float types whose every value it stores.
     """
 
     name: str
@@ -45,6 +46,7 @@ class BlockType:
     spec: WeightSpec | None = None
     layout: Layout | None = None
     search: Search | None = None
+    quick: QuickSearch | None = None
     exact_for: frozenset[torch.dtype] = frozenset()
 
     @property
@@ -89,12 +91,15 @@ def encode_q8_0(rows: Floats, importance: Floats | None = None) -> Bytes:
 
 def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
     """Levels near `peak` (evenly, both ways), itself first."""
-    return peak, *(peak + reach * (2 * step / (steps - 1) - 1) for step in range(steps))
+    return peak, *(peak + reach * (2 * step / (steps - 1) - 1) for step in range(steps) if 2 * step != steps - 1)
 
 
 _FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
 _NARROW = ((0.0, 0.0), (-0.4, -0.4), (-0.2, -0.2), (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (0.6, 0.6))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
+_FEW = ((0.0, 0.0), (0.4, 0.4), (0.7, 0.1), (0.1, 0.7), (-0.3, 0.2))
+_STEPS = (-0.5, -0.1, 0.3, 0.7)
+_SOME = ((0.0, 0.0), *((a, b) for a in _STEPS for b in _STEPS if not {a, b} <= {_STEPS[0], _STEPS[-1]}))
 
 _SEARCHES: dict[str, Search] = {
     "Q4_0": Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 9), 7.0)),
@@ -113,15 +118,23 @@ _SEARCHES: dict[str, Search] = {
 }
 
 
-def _searched(name: str, search: Search) -> BlockType:
+_QUICK: dict[str, QuickSearch] = {
+    "Q4_0": QuickSearch(_SEARCHES["Q4_0"]),
+    "Q4_1": QuickSearch(Search(KNOWN_SPECS["q4_1"], ends=_FEW)),
+    "Q5_0": QuickSearch(_SEARCHES["Q5_0"]),
+    "Q5_1": QuickSearch(Search(KNOWN_SPECS["q5_1"], ends=_SOME)),
+}
+
+
+def _searched(name: str, search: Search, quick: QuickSearch | None) -> BlockType:
     layout = LAYOUTS[name]
 
     def encode(rows: Floats, importance: Floats | None = None) -> Bytes:
-        return layout.pack(search.run(rows, importance)).reshape(len(rows), -1)
+        fields = quick.run(rows) if quick is not None and importance is None else search.run(rows, importance)
+        return layout.pack(fields).reshape(len(rows), -1)
 
-    return BlockType(
-        name, layout.weights, layout.nbytes, largest_magnitude(search.spec), encode, search.spec, layout, search
-    )
+    largest = largest_magnitude(search.spec)
+    return BlockType(name, layout.weights, layout.nbytes, largest, encode, search.spec, layout, search, quick)
 
 
 TYPES: dict[str, BlockType] = {
@@ -134,7 +147,7 @@ TYPES: dict[str, BlockType] = {
         BlockType("F16", 1, 2, _HALF_MAX, encode_f16, exact_for=frozenset({torch.float16})),
         BlockType("BF16", 1, 2, torch.finfo(torch.bfloat16).max, encode_bf16, exact_for=frozenset({torch.bfloat16})),
         BlockType("Q8_0", 32, 34, 127 * _HALF_MAX, encode_q8_0, KNOWN_SPECS["q8_0"], LAYOUTS["Q8_0"]),
-        *(_searched(name, search) for name, search in _SEARCHES.items()),
+        *(_searched(name, search, _QUICK.get(name)) for name, search in _SEARCHES.items()),
     )
 }  # fmt: skip
 """Tensor types by their GGUF names."""

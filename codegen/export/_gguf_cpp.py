@@ -12,6 +12,7 @@ import numpy as np
 from ptqc.codegen.cpp.isa import Isa, vectors
 from ptqc.codegen.export._gguf_blocks import BlockType
 from ptqc.codegen.export._gguf_layouts import RUNS_OF_DIGITS, Layout, Plane
+from ptqc.codegen.export._gguf_quick import LARGEST_BIAS, LARGEST_FACTOR, UNITS, QuickSearch
 from ptqc.codegen.export._gguf_search import PEAKS_OF_SCALES, Levels, Search
 
 __all__ = ["FLAGS", "encoder_source"]
@@ -20,11 +21,8 @@ FLAGS = ("-ffp-contract=off",)
 
 _BASICS = """\
 typedef vi vm;  // what comparisons give
-constexpr int LANE_BITS = L == 4 ? 2 : L == 8 ? 3 : 4;
 constexpr float HALF_MAX = 65504.f, TINY = 0x1p-120f, ROUND = 0x1.8p23f;
-static inline vf less(vf a, vf b) { return a < b ? a : b; }
-static inline vf more(vf a, vf b) { return a > b ? a : b; }
-static inline vf within(vf v, float low, float high) { return less(more(v, spread(low)), spread(high)); }
+static inline vf within(vf v, float low, float high) { return least(greatest(v, spread(low)), spread(high)); }
 static inline vf whole(vf v, float low, float high) { return within(v, low, high) + ROUND - ROUND; }
 static inline vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
 static inline vf inverse(vf v) { return magnitude(v) > TINY ? 1.f / v : spread(0.f); }
@@ -39,27 +37,43 @@ static inline vi bits_of_half(vf v) {
     return (vi)__builtin_convertvector(load<vw>(bits), vu);
 }
 static inline vi integer(vf v) { return __builtin_convertvector(v, vi); }
+static inline vf number(vi v) { return __builtin_convertvector(v, vf); }
 
-// Columns of L rows, by exchanging halves, quarters, ... of pairs of rows.
-template <int S, int... I> struct Lanes {
-    static vf low(vf a, vf b) { return SHUFFLE(a, b, (I & S ? I - S + L : I)...); }
-    static vf high(vf a, vf b) { return SHUFFLE(a, b, (I & S ? I + L : I + S)...); }
-};
-template <int S, class N> struct Exchange;
-template <int S, int... I> struct Exchange<S, std::integer_sequence<int, I...>> : Lanes<S, I...> {};
+// Columns of L rows: of the squares of four lanes, then squares are exchanged.
+enum Step { LOW_LANES, HIGH_LANES, LOW_PAIRS, HIGH_PAIRS, LOW_HALVES, HIGH_HALVES };
+constexpr int from_lane(Step step, int size, int i) {
+    int k = i % 4, square = i - k;
+    switch (step) {
+        case LOW_LANES: return square + k / 2 + k % 2 * L;
+        case HIGH_LANES: return square + 2 + k / 2 + k % 2 * L;
+        case LOW_PAIRS: return square + k % 2 + k / 2 * L;
+        case HIGH_PAIRS: return square + 2 + k % 2 + k / 2 * L;
+        case LOW_HALVES: return i & size ? i - size + L : i;
+        default: return i & size ? i + L : i + size;
+    }
+}
+template <Step STEP, int SIZE, int... I> static inline vf mixed(vf a, vf b, std::integer_sequence<int, I...>) {
+    return SHUFFLE(a, b, from_lane(STEP, SIZE, I)...);
+}
+template <Step STEP, int SIZE = 0> static inline vf mix(vf a, vf b) {
+    return mixed<STEP, SIZE>(a, b, std::make_integer_sequence<int, L>());
+}
 template <int S> static inline void exchange(vf *rows) {
-    typedef Exchange<S, std::make_integer_sequence<int, L>> Pair;
     UNROLL for (int i = 0; i < L; i++)
         if (!(i & S)) {
             vf a = rows[i], b = rows[i + S];
-            rows[i] = Pair::low(a, b), rows[i + S] = Pair::high(a, b);
+            rows[i] = mix<LOW_HALVES, S>(a, b), rows[i + S] = mix<HIGH_HALVES, S>(a, b);
         }
 }
 static inline void transpose(vf *rows) {
-    if (L == 16) exchange<L / 2>(rows);
+    UNROLL for (int i = 0; i < L; i += 4) {
+        vf a = mix<LOW_LANES>(rows[i], rows[i + 1]), b = mix<HIGH_LANES>(rows[i], rows[i + 1]);
+        vf c = mix<LOW_LANES>(rows[i + 2], rows[i + 3]), d = mix<HIGH_LANES>(rows[i + 2], rows[i + 3]);
+        rows[i] = mix<LOW_PAIRS>(a, c), rows[i + 1] = mix<HIGH_PAIRS>(a, c);
+        rows[i + 2] = mix<LOW_PAIRS>(b, d), rows[i + 3] = mix<HIGH_PAIRS>(b, d);
+    }
     if (L >= 8) exchange<4>(rows);
-    exchange<2>(rows);
-    exchange<1>(rows);
+    if (L >= 16) exchange<8>(rows);
 }
 // Weights `first` to `first + L` of each of L blocks.
 static inline void columns(const float *const *blocks, int first, vf *out) {
@@ -100,9 +114,30 @@ static inline void write(const vu *words, uint8_t *out, int count) {
     }
 }
 """
-_SEARCH = """\
+_FIT = """\
 struct Sums { vf wl, ll, l, w, one; };
 struct Fit { vf scale, minimum; };
+static inline Fit solve(const Sums &s) {
+    vf plain = s.wl / greatest(s.ll, spread(TINY));
+    if (!HAS_MINIMUM) return {plain, plain};
+    vf determinant = s.one * s.ll - s.l * s.l;
+    vm is_even = determinant > 0x1.0c6f7ap-20f * s.one * s.ll;
+    vf scale = (s.one * s.wl - s.l * s.w) * (is_even ? 1.f / determinant : spread(0.f));
+    vf minimum = (s.l * scale - s.w) / s.one;
+    if (IS_NESTED) {
+        scale = ((minimum > 0.f) & is_even) ? scale : plain;
+        minimum = is_even ? greatest(minimum, spread(0.f)) : spread(0.f);
+        minimum = ((s.ll == 0.f) & (s.w < 0.f)) ? -s.w / s.one : minimum;
+    }
+    return {scale, minimum};
+}
+static inline vf gain_of(const Sums &s, const Fit &f) {
+    vf gain = f.scale * (2.f * s.wl - f.scale * s.ll);
+    if (HAS_MINIMUM) gain -= f.minimum * (2.f * (s.w - f.scale * s.l) + f.minimum * s.one);
+    return gain;
+}
+"""
+_SEARCH = """\
 struct Stored {  // floats as stored; codes of scales and minima where floats are but their units
     vf outer[2], codes[2][GROUPS];
     Fit fit(int group) const {
@@ -139,25 +174,6 @@ template <int N, class Values> static inline void sums_of(const vf *w, const vf 
         }
     UNROLL for (int n = 0; n < N; n++) sums[n].wl = wl[n], sums[n].ll = ll[n], sums[n].l = l[n];
 }
-static inline Fit solve(const Sums &s) {
-    vf plain = s.wl / more(s.ll, spread(TINY));
-    if (!HAS_MINIMUM) return {plain, plain};
-    vf determinant = s.one * s.ll - s.l * s.l;
-    vm is_even = determinant > 0x1.0c6f7ap-20f * s.one * s.ll;
-    vf scale = (s.one * s.wl - s.l * s.w) * (is_even ? 1.f / determinant : spread(0.f));
-    vf minimum = (s.l * scale - s.w) / s.one;
-    if (IS_NESTED) {
-        scale = ((minimum > 0.f) & is_even) ? scale : plain;
-        minimum = is_even ? more(minimum, spread(0.f)) : spread(0.f);
-        minimum = ((s.ll == 0.f) & (s.w < 0.f)) ? -s.w / s.one : minimum;
-    }
-    return {scale, minimum};
-}
-static inline vf gain_of(const Sums &s, const Fit &f) {
-    vf gain = f.scale * (2.f * s.wl - f.scale * s.ll);
-    if (HAS_MINIMUM) gain -= f.minimum * (2.f * (s.w - f.scale * s.l) + f.minimum * s.one);
-    return gain;
-}
 struct Best { Sums sums; vf most; };
 template <int N> static inline void consider(const vf *w, const vf *v, const vf *unit, int first, Best &best) {
     Sums sums[N];
@@ -170,7 +186,7 @@ template <int N> static inline void consider(const vf *w, const vf *v, const vf 
         vf gain = gain_of(sums[n], solve(sums[n]));
         if (first + n == 0) { best.sums = sums[n], best.most = gain; continue; }
         vm is_better = gain > best.most;
-        best.most = more(gain, best.most);
+        best.most = greatest(gain, best.most);
         best.sums.wl = is_better ? sums[n].wl : best.sums.wl;
         best.sums.ll = is_better ? sums[n].ll : best.sums.ll;
         if (HAS_MINIMUM) best.sums.l = is_better ? sums[n].l : best.sums.l;
@@ -178,9 +194,9 @@ template <int N> static inline void consider(const vf *w, const vf *v, const vf 
 }
 static inline Sums best_of(const vf *w, const vf *v, vf sum_w, vf one) {
     vf low = w[0], high = w[0], unit[GROUP];
-    for (int i = 1; i < GROUP; i++) low = less(low, w[i]), high = more(high, w[i]);
+    for (int i = 1; i < GROUP; i++) low = least(low, w[i]), high = greatest(high, w[i]);
     if (HAS_ENDS) {
-        if (IS_NESTED) low = less(low, spread(0.f)), high = more(high, spread(0.f));
+        if (IS_NESTED) low = least(low, spread(0.f)), high = greatest(high, spread(0.f));
         vf wide = inverse(high - low);
         for (int i = 0; i < GROUP; i++) unit[i] = (w[i] - low) * wide;
     } else {
@@ -205,7 +221,7 @@ static inline Sums sums_at(const vf *w, const vf *v, const Fit &fit, vf sum_w, v
 template <int COUNT>
 static void nested(const vf *scale, const vf *weight, float low, float high, const float *peaks, vf &outer, vf *codes) {
     vf largest = scale[0], smallest = scale[0], unit[GROUPS], counted[GROUPS];
-    for (int g = 1; g < GROUPS; g++) largest = more(largest, scale[g]), smallest = less(smallest, scale[g]);
+    for (int g = 1; g < GROUPS; g++) largest = greatest(largest, scale[g]), smallest = least(smallest, scale[g]);
     if (low < 0) largest = -smallest > largest ? smallest : largest;
     vf wide = inverse(largest), best = spread(0.f), most = spread(-1.f);
     for (int g = 0; g < GROUPS; g++) unit[g] = scale[g] * wide, counted[g] = scale[g] * weight[g];
@@ -216,7 +232,7 @@ static void nested(const vf *scale, const vf *weight, float low, float high, con
             vf one = code * counted[g], other = code * code * weight[g];
             product = g ? product + one : one, square = g ? square + other : other;
         }
-        vf fitted = product / more(square, spread(TINY)), gain = product * fitted;
+        vf fitted = product / greatest(square, spread(TINY)), gain = product * fitted;
         vm is_better = gain > most;
         most = is_better ? gain : most, best = is_better ? fitted : best;
     }
@@ -239,7 +255,7 @@ static inline Stored stored_of(const Sums *sums) {
     if (!HAS_MINIMUM) return stored;
     for (int g = 0; g < GROUPS; g++) {
         const Sums &s = sums[g];
-        minimum[g] = more((s.l * (stored.outer[0] * stored.codes[0][g]) - s.w) / s.one, spread(0.f));
+        minimum[g] = greatest((s.l * (stored.outer[0] * stored.codes[0][g]) - s.w) / s.one, spread(0.f));
         weight[g] = s.one;
     }
     nested<FLOOR_PEAKS>(minimum, weight, 0.f, FLOOR_HIGH, FLOORS, stored.outer[1], stored.codes[1]);
@@ -276,7 +292,7 @@ static inline void search(const vf *w, const vf *v, vu *out) {
             gain = g ? gain + own : own;
         }
         if (turn) choose(gain > most, best, stored);
-        most = turn ? more(gain, most) : gain;
+        most = turn ? greatest(gain, most) : gain;
         if (turn + 1 < TURNS) stored = stored_of(sums);
     }
     vi codes[WEIGHTS], scales[2 * GROUPS];
@@ -292,11 +308,74 @@ static inline void search(const vf *w, const vf *v, vu *out) {
     pack(codes, scales, best.outer, out);
 }
 """
+_QUICK = """\
+typedef vs Units;  // two neighbours of a block in each lane
+static inline Units both(vi v) { return (Units)(v & 0xffff | v << 16); }
+static inline Units levels_of(Units u, Units factor, Units bias) {
+    const Units low = both(spread((int)LOW)), high = both(spread((int)HIGH));
+    Units level = (scaled(u, factor) + bias) >> FRACTION;
+    level = level < low ? low : level;
+    return level > high ? high : level;
+}
+template <int N> static inline void consider(const Units *u, int first, vf sum_u, Sums &best, vf &most) {
+    vi wl[N] = {}, ll[N] = {};
+    Units l[N] = {}, factor[N], bias[N];
+    UNROLL for (int n = 0; n < N; n++)
+        factor[n] = both(spread(FACTORS[first + n])), bias[n] = both(spread(BIASES[first + n]));
+    for (int i = 0; i < WEIGHTS / 2; i++)
+        UNROLL for (int n = 0; n < N; n++) {
+            Units level = levels_of(u[i], factor[n], bias[n]);
+            wl[n] += pairs(level, u[i]), ll[n] += pairs(level, level);
+            if (HAS_MINIMUM) l[n] += level;
+        }
+    UNROLL for (int n = 0; n < N; n++) {
+        Sums sums = {number(wl[n]), number(ll[n]), number(pairs(l[n], both(spread(1)))), sum_u, spread((float)WEIGHTS)};
+        vf gain = gain_of(sums, solve(sums));
+        if (first + n == 0) { best = sums, most = gain; continue; }
+        vm is_better = gain > most;
+        most = greatest(gain, most);
+        best.wl = is_better ? sums.wl : best.wl, best.ll = is_better ? sums.ll : best.ll;
+        if (HAS_MINIMUM) best.l = is_better ? sums.l : best.l;
+    }
+}
+static inline void search(const vf *w, const vf *v, vu *out) {
+    vf low = w[0], high = w[0];
+    for (int i = 1; i < WEIGHTS; i++) low = least(low, w[i]), high = greatest(high, w[i]);
+    const vf span = HAS_MINIMUM ? high - low : -low > high ? low : high, wide = inverse(span);
+    if (!HAS_MINIMUM) low = spread(0.f);
+    Units u[WEIGHTS / 2], sum = {};
+    for (int i = 0; i < WEIGHTS / 2; i++) {
+        vf one = HAS_MINIMUM ? w[2 * i] - low : w[2 * i], other = HAS_MINIMUM ? w[2 * i + 1] - low : w[2 * i + 1];
+        // Rounded to integers, which are the low bits of these floats.
+        one = one * wide * UNITS + ROUND, other = other * wide * UNITS + ROUND;
+        u[i] = (Units)((vi)one & 0xffff | (vi)other << 16);
+    }
+    vi total = spread(0);
+    if (HAS_MINIMUM)
+        for (int i = 0; i < WEIGHTS / 2; i++) total += pairs(u[i], both(spread(1)));
+    Sums best;
+    vf most, sum_u = number(total);
+    for (int first = 0; first + 2 <= CANDIDATES; first += 2) consider<2>(u, first, sum_u, best, most);
+    if (CANDIDATES % 2) consider<1>(u, CANDIDATES - 1, sum_u, best, most);
+    const Fit fit = solve(best);
+    const vf step = span * (1.f / UNITS);
+    vf outer[2] = {half(fit.scale * step), HAS_MINIMUM ? half(low - fit.minimum * step) : low};
+    const vf per_level = inverse(outer[0]) * (float)(1 << FRACTION);
+    const Units factor = both(integer(whole(step * per_level * 32768.f, -LARGEST_FACTOR, LARGEST_FACTOR)));
+    const vf bias = whole((low - outer[1]) * per_level, -LARGEST_BIAS, LARGEST_BIAS) + (1 << FRACTION) * 0.5f;
+    vi codes[WEIGHTS];
+    for (int i = 0; i < WEIGHTS / 2; i++) {
+        vi level = (vi)(levels_of(u[i], factor, both(integer(bias))) - both(spread((int)LOW)));
+        codes[2 * i] = level & 0xffff, codes[2 * i + 1] = (vi)((vu)level >> 16);
+    }
+    pack(codes, codes, outer, out);
+}
+"""
 _STEPS = """\
 // The largest magnitude becomes 127; where float16 rounds the scale too far down, the next greater one is taken.
 static inline void search(const vf *w, const vf *v, vu *out) {
     vf peak = magnitude(w[0]);
-    for (int i = 1; i < WEIGHTS; i++) peak = more(peak, magnitude(w[i]));
+    for (int i = 1; i < WEIGHTS; i++) peak = greatest(peak, magnitude(w[i]));
     uint16_t bits[L];
     to_half(bits, peak / 127.f);
     vm is_short = from_half(bits) * 127.5f < peak;
@@ -338,22 +417,28 @@ extern "C" long encode(const float *weights, const float *counts, uint8_t *out, 
 def encoder_source(kind: BlockType, is_weighted: bool, isa: Isa) -> str:
     """The text for a type that stores codes. is_weighted: whether columns count differently."""
     assert kind.layout is not None
-    search = kind.search
+    search, quick = kind.search, None if is_weighted else kind.quick
     header = {
         "WEIGHTS": kind.weights, "NBYTES": kind.nbytes, "IS_WEIGHTED": is_weighted and search is not None,
         "LARGEST": kind.largest,
     }  # fmt: skip
     tables: dict[str, Sequence[float]] = {}
-    if search is not None:
+    body = _STEPS
+    if quick is not None:
+        header |= _constants(quick.search, kind.weights) | _constants_of_quick(quick)
+        tables = _tables_of_quick(quick)
+        body = _FIT + _QUICK
+    elif search is not None:
         header |= _constants(search, kind.weights)
         tables = _tables(search)
+        body = _FIT + _SEARCH
     lines = [
         *(f"constexpr {_kind(value)} {name} = {_literal(value)};\n" for name, value in header.items()),
-        *(f"constexpr float {name}[] = {{{', '.join(map(_literal, row))}}};\n" for name, row in tables.items()),
+        *(f"constexpr {_kind(row[0])} {name}[] = {{{', '.join(map(_literal, row))}}};\n" for name, row in tables.items()),
     ]
     return "".join((
         "#include <utility>\n", vectors(isa.lanes), isa.functions, _SHUFFLE, *lines, _BASICS, _PACKING,
-        _pack(kind.layout), _STEPS if search is None else _SEARCH, _RUN,
+        _pack(kind.layout), body, _RUN,
     ))  # fmt: skip
 
 
@@ -396,9 +481,22 @@ def _tables(search: Search) -> dict[str, Sequence[float]]:
     return {
         "STRETCHES": [float(stretch) for stretch, _ in search.candidates],
         "SHIFTS": [float(shift) for _, shift in search.candidates],
-        "PEAKS": [peak * (low or high) for peak in PEAKS_OF_SCALES.get(high, (0,))],
-        "FLOORS": [peak * (high - low) for peak in PEAKS_OF_SCALES.get(high - low, (0,))],
+        "PEAKS": [float(peak * (low or high)) for peak in PEAKS_OF_SCALES.get(high, (0,))],
+        "FLOORS": [float(peak * (high - low)) for peak in PEAKS_OF_SCALES.get(high - low, (0,))],
         "LEVELS": [float(level) for level in near], "CODES": [float(code) for code in codes],
+    }  # fmt: skip
+
+
+def _constants_of_quick(quick: QuickSearch) -> dict[str, float]:
+    return {
+        "FRACTION": quick.fraction, "UNITS": float(UNITS), "LARGEST_FACTOR": float(LARGEST_FACTOR),
+        "LARGEST_BIAS": float(LARGEST_BIAS),
+    }  # fmt: skip
+
+
+def _tables_of_quick(quick: QuickSearch) -> dict[str, Sequence[float]]:
+    return {
+        "FACTORS": [factor for factor, _ in quick.candidates], "BIASES": [bias for _, bias in quick.candidates],
     }  # fmt: skip
 
 

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from ptqc.codegen.export._gguf_layouts import Fields
 from ptqc.spec import WeightSpec
 
-__all__ = ["PEAKS_OF_SCALES", "Levels", "Search", "largest_magnitude"]
+__all__ = [
+    "PEAKS_OF_SCALES", "Fit", "Levels", "Search", "Sums", "half", "inverse", "largest_magnitude", "solve", "whole",
+]  # fmt: skip
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -56,7 +58,7 @@ class Levels:
     def nearest(self, values: Floats) -> Floats:
         """Round to levels, in place."""
         if not self.table:
-            return _whole(values, self.low, self.high)
+            return whole(values, self.low, self.high)
         return np.take(self.places[1], self._place(values), out=values)
 
     def codes(self, values: Floats) -> Bytes:
@@ -107,6 +109,29 @@ class Sums:
         if fit.minimum is not None and self.l is not None and self.w is not None and self.one is not None:
             gain -= fit.minimum * (2 * (self.w - fit.scale * self.l) + fit.minimum * self.one)
         return gain
+
+    def replace(self, other: "Sums", chosen: NDArray[np.bool_]) -> None:
+        """Take over the other's sums of levels where chosen; those without levels are the same."""
+        for mine, its in ((self.wl, other.wl), (self.ll, other.ll), (self.l, other.l)):
+            if mine is not None and its is not None:
+                np.copyto(mine, its, where=chosen)
+
+
+def solve(sums: Sums, is_nested: bool) -> Fit:
+    """The best scale and minimum for given levels; nested, a minimum below zero becomes zero."""
+    plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, _TINY))
+    if sums.l is None or sums.w is None or sums.one is None:
+        return Fit(plain, None)
+    determinant = sums.one * sums.ll - sums.l * sums.l
+    is_even = determinant > np.float32(1e-6) * sums.one * sums.ll  # otherwise all levels are the same
+    over = np.divide(1, determinant, out=np.zeros_like(determinant), where=is_even)
+    scale = (sums.one * sums.wl - sums.l * sums.w) * over
+    minimum: Floats = (sums.l * scale - sums.w) / sums.one
+    if is_nested:
+        scale = _pick((minimum > 0) & is_even, scale, plain)
+        minimum = _pick(is_even, np.maximum(minimum, 0), 0 * minimum)
+        minimum = _pick((sums.ll == 0) & (sums.w < 0), -sums.w / sums.one, minimum)
+    return Fit(scale, minimum)
 
 
 @dataclass(frozen=True)
@@ -166,14 +191,14 @@ class Search:
         values = np.empty_like(task.w)
         if not self.ends:
             high, low = task.w.max(1, keepdims=True), task.w.min(1, keepdims=True)
-            unit = task.w * _inverse(_pick(-low > high, low, high))
+            unit = task.w * inverse(_pick(-low > high, low, high))
             for peak, _ in self.candidates:
                 yield np.multiply(unit, peak, out=values)
             return
         low, high = task.w.min(1, keepdims=True), task.w.max(1, keepdims=True)
         if task.is_nested:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
-        unit = (task.w - low) * _inverse(high - low)
+        unit = (task.w - low) * inverse(high - low)
         for stretch, shift in self.candidates:
             np.multiply(unit, stretch, out=values)
             values -= shift
@@ -201,45 +226,26 @@ class _Task:
         ll = _sum(np.multiply(counted, levels, out=self._product))
         return Sums(wl, ll, _sum(counted), self._w, self._one) if self.has_minimum else Sums(wl, ll)
 
-    def solve(self, sums: Sums) -> Fit:
-        """The best scale and minimum for given levels; a minimum below zero becomes zero where it cannot be stored."""
-        plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, _TINY))
-        if sums.l is None or sums.w is None or sums.one is None:
-            return Fit(plain, None)
-        determinant = sums.one * sums.ll - sums.l * sums.l
-        is_even = determinant > np.float32(1e-6) * sums.one * sums.ll  # otherwise all levels are the same
-        inverse = np.divide(1, determinant, out=np.zeros_like(determinant), where=is_even)
-        scale = (sums.one * sums.wl - sums.l * sums.w) * inverse
-        minimum: Floats = (sums.l * scale - sums.w) / sums.one
-        if self.is_nested:
-            scale = _pick((minimum > 0) & is_even, scale, plain)
-            minimum = _pick(is_even, np.maximum(minimum, 0), 0 * minimum)
-            minimum = _pick((sums.ll == 0) & (sums.w < 0), -sums.w / sums.one, minimum)
-        return Fit(scale, minimum)
-
     def best_of(self, candidates: Iterator[Floats]) -> Sums:
         """The sums of the candidate that explains most."""
         best, most = None, None
         for values in candidates:
             sums = self.sums(self.levels.nearest(values))
-            gain = sums.gain(self.solve(sums))
+            gain = sums.gain(solve(sums, self.is_nested))
             if best is None or most is None:
                 best, most = sums, gain
                 continue
-            is_better = gain > most
+            best.replace(sums, gain > most)
             most = np.maximum(gain, most)
-            for mine, its in ((best.wl, sums.wl), (best.ll, sums.ll), (best.l, sums.l)):
-                if mine is not None and its is not None:
-                    np.copyto(mine, its, where=is_better)
         assert best is not None
         return best
 
     def _values_at(self, fit: Fit) -> Floats:
         values = self._values
         if fit.minimum is None:
-            return np.multiply(self.w, _inverse(fit.scale)[:, None], out=values)
+            return np.multiply(self.w, inverse(fit.scale)[:, None], out=values)
         np.add(self.w, fit.minimum[:, None], out=values)
-        values *= _inverse(fit.scale)[:, None]
+        values *= inverse(fit.scale)[:, None]
         return values
 
     def levels_at(self, fit: Fit) -> Floats:
@@ -252,9 +258,9 @@ class _Task:
 
     def stored(self, sums: Sums) -> "Stored":
         """The best scales and minima for given levels, as a file holds them."""
-        fit, scale = self.solve(sums), self.search.spec.scale
+        fit, scale = solve(sums, self.is_nested), self.search.spec.scale
         if scale.bits is None or scale.block is None:
-            return Stored([_half(fit.scale)] + ([] if fit.minimum is None else [_half(-fit.minimum)]), [])
+            return Stored([half(fit.scale)] + ([] if fit.minimum is None else [half(-fit.minimum)]), [])
         low, high = self.search.range_of_scales
         split = (_per_block(fit.scale, scale.block), _per_block(sums.ll, scale.block))
         outer, codes = _nested(*split, low, high)
@@ -323,12 +329,12 @@ def _nested(scale: Floats, weight: Floats, low: int, high: int) -> tuple[Floats,
     if low < 0:
         smallest = scale.min(1, keepdims=True)
         largest = _pick(-smallest > largest, smallest, largest)
-    unit, counted = scale * _inverse(largest), scale * weight
+    unit, counted = scale * inverse(largest), scale * weight
     best, most = np.zeros_like(largest), np.full_like(largest, -1)
     codes, part = np.empty_like(scale), np.empty_like(scale)
     for peak in PEAKS_OF_SCALES[high]:
         np.multiply(unit, np.float32(peak * (low or high)), out=codes)
-        _whole(codes, low, high)
+        whole(codes, low, high)
         product = _sum(np.multiply(codes, counted, out=part))[:, None]
         np.multiply(codes, codes, out=codes)
         fitted = product / np.maximum(_sum(np.multiply(codes, weight, out=part))[:, None], _TINY)
@@ -336,11 +342,11 @@ def _nested(scale: Floats, weight: Floats, low: int, high: int) -> tuple[Floats,
         is_better = gain > most
         np.copyto(most, gain, where=is_better)
         np.copyto(best, fitted, where=is_better)
-    outer = _half(best)
-    return outer, _whole(scale * _inverse(outer), low, high)
+    outer = half(best)
+    return outer, whole(scale * inverse(outer), low, high)
 
 
-def _whole(values: Floats, low: int, high: int) -> Floats:
+def whole(values: Floats, low: int, high: int) -> Floats:
     """The nearest integers low..high, in place; zero without a sign. Ties go to even."""
     np.clip(values, np.float32(low), np.float32(high), out=values)
     values += _ROUND
@@ -359,12 +365,12 @@ def _per_block(groups: Floats, per_block: int) -> Floats:
     return groups.reshape(-1, per_block, groups.shape[-1])
 
 
-def _half(values: Floats) -> Floats:
+def half(values: Floats) -> Floats:
     """Rounded to float16."""
     return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float32)
 
 
-def _inverse(values: Floats) -> Floats:
+def inverse(values: Floats) -> Floats:
     """1 / values; 0 for 0 and numbers whose inverse is no float32."""
     return np.divide(1, values, out=np.zeros_like(values), where=np.abs(values) > _TINY)
 
