@@ -1,6 +1,7 @@
 """The vector instructions of each CPU behind a few small functions; all else is written in GCC's vector types.
 
     from_half, to_half      a vector of float16 in memory, to and from float
+    fused                   a * b + c, rounded once or twice: for products that are exact
     least, greatest         of two vectors of float that are not NaN
     scaled, pairs           of two vectors of int16: products over 2^15, rounded; sums of the products of neighbours
     shuffle                 table[index] for 16 bytes, index below 16
@@ -43,6 +44,7 @@ static inline vf from_half(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_l
 static inline void to_half(uint16_t *p, vf v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, 0)); }
 static inline vs scaled(vs a, vs b) { return (vs)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
 static inline vi pairs(vs a, vs b) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+static inline vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 static inline vf least(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 static inline vf greatest(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline vb shuffle(vb table, vb index) { return (vb)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
@@ -58,6 +60,7 @@ static inline vf from_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm25
 static inline void to_half(uint16_t *p, vf v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0)); }
 static inline vs scaled(vs a, vs b) { return (vs)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
 static inline vi pairs(vs a, vs b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+static inline vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline vf least(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline vf greatest(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline vb shuffle(vb table, vb index) { return (vb)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
@@ -74,6 +77,7 @@ static inline vi pairs(vs a, vs b) {
     int16x8_t one = (int16x8_t)a, other = (int16x8_t)b;
     return (vi)vpaddq_s32(vmull_s16(vget_low_s16(one), vget_low_s16(other)), vmull_high_s16(one, other));
 }
+static inline vf fused(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 static inline vf least(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 static inline vf greatest(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 static inline vb shuffle(vb table, vb index) { return (vb)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index); }
@@ -96,6 +100,7 @@ static inline vi pairs(vs a, vs b) {
     for (int i = 0; i < L; i++) v[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return v;
 }
+static inline vf fused(vf a, vf b, vf c) { return a * b + c; }
 static inline vf least(vf a, vf b) { return a < b ? a : b; }
 static inline vf greatest(vf a, vf b) { return a > b ? a : b; }
 static inline vf from_half(const uint16_t *p) {  // exponents moved by a product, so that subnormals come out right

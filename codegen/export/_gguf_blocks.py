@@ -97,9 +97,9 @@ def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
 _FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
 _NARROW = ((0.0, 0.0), (-0.4, -0.4), (-0.2, -0.2), (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (0.6, 0.6))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
-_FEW = ((0.0, 0.0), (0.4, 0.4), (0.7, 0.1), (0.1, 0.7), (-0.3, 0.2))
+_FEW = ((0.0, 0.0), (0.4, 0.4), (0.5, -0.2), (-0.2, 0.5))
 _STEPS = (-0.5, -0.1, 0.3, 0.7)
-_SOME = ((0.0, 0.0), *((a, b) for a in _STEPS for b in _STEPS if not {a, b} <= {_STEPS[0], _STEPS[-1]}))
+_SOME = tuple((below, above) for below in _STEPS for above in _STEPS if not {below, above} <= {_STEPS[0], _STEPS[-1]})
 
 _SEARCHES: dict[str, Search] = {
     "Q4_0": Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 9), 7.0)),
@@ -119,7 +119,7 @@ _SEARCHES: dict[str, Search] = {
 
 
 _QUICK: dict[str, QuickSearch] = {
-    "Q4_0": QuickSearch(_SEARCHES["Q4_0"]),
+    "Q4_0": QuickSearch(Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 7), 7.0))),
     "Q4_1": QuickSearch(Search(KNOWN_SPECS["q4_1"], ends=_FEW)),
     "Q5_0": QuickSearch(_SEARCHES["Q5_0"]),
     "Q5_1": QuickSearch(Search(KNOWN_SPECS["q5_1"], ends=_SOME)),

@@ -169,7 +169,9 @@ template <int N, class Values> static inline void sums_of(const vf *w, const vf 
     for (int i = 1; i < GROUP; i++)
         UNROLL for (int n = 0; n < N; n++) {
             vf level = level_of(values(i, n)), counted = IS_WEIGHTED ? v[i] * level : level;
-            wl[n] += counted * w[i], ll[n] += counted * level;
+            // Integers times integers, and signs times anything, are exact: fused or not, the sum is the same.
+            wl[n] = IS_TERNARY && !IS_WEIGHTED ? fused(counted, w[i], wl[n]) : wl[n] + counted * w[i];
+            ll[n] = IS_TERNARY || !IS_WEIGHTED ? fused(counted, level, ll[n]) : ll[n] + counted * level;
             if (HAS_MINIMUM) l[n] += counted;
         }
     UNROLL for (int n = 0; n < N; n++) sums[n].wl = wl[n], sums[n].ll = ll[n], sums[n].l = l[n];
@@ -468,7 +470,7 @@ def _constants(search: Search, weights: int) -> dict[str, float]:
     return {
         "GROUP": group, "GROUPS": weights // group, "TURNS": search.turns,
         "CANDIDATES": len(search.ends or search.peaks), "HAS_ENDS": bool(search.ends),
-        "HAS_MINIMUM": spec.zero == "min", "IS_NESTED": bits is not None, "IS_TABLE": bool(levels.table),
+        "HAS_MINIMUM": spec.zero == "min", "IS_NESTED": bits is not None, "IS_TABLE": bool(levels.table), "IS_TERNARY": (levels.low, levels.high) == (-1, 1),
         "LOW": float(levels.low), "HIGH": float(levels.high), "SCALE_LOW": float(low), "SCALE_HIGH": float(high),
         "FLOOR_HIGH": float(high - low), "SCALE_PEAKS": len(PEAKS_OF_SCALES.get(high, (0,))),
         "FLOOR_PEAKS": len(PEAKS_OF_SCALES.get(high - low, (0,))),

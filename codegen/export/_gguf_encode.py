@@ -8,6 +8,7 @@ them again and again.
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,18 +78,25 @@ def encode_weight(
         if native is None or not native.encode(numbers, counts, encoded[down]):
             _check(numbers, kind, name)
 
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        if native is not None and native.is_ready:
-            down = min(max(1, _NATIVE_AT_ONCE // columns), -(-rows // threads))
-            work = pool.map(encode_rows, (slice(top, min(top + down, rows)) for top in range(0, rows, down)))
-        else:
-            # A stored weight is carried, or decoded, in whole rows.
-            widest = columns if isinstance(matrix, QuantTensor) else _WEIGHTS_AT_ONCE // _ROWS_AT_ONCE
-            work = pool.map(encode_tile, _tiles(rows, columns, widest, kind.weights))
-        for _ in work:  # consuming re-raises
-            pass
+    if native is not None and native.is_ready:
+        down = min(max(1, _NATIVE_AT_ONCE // columns), -(-rows // _threads()))
+        work = _pool().map(encode_rows, [slice(top, min(top + down, rows)) for top in range(0, rows, down)])
+    else:
+        # A stored weight is carried, or decoded, in whole rows.
+        widest = columns if isinstance(matrix, QuantTensor) else _WEIGHTS_AT_ONCE // _ROWS_AT_ONCE
+        work = _pool().map(encode_tile, _tiles(rows, columns, widest, kind.weights))
+    for _ in work:  # consuming re-raises
+        pass
     return encoded if weight.ndim == 2 else encoded[0]
+
+
+def _threads() -> int:
+    return os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="ptqc-encode")
 
 
 def _tiles(rows: int, columns: int, widest: int, block: int) -> Iterator[tuple[slice, slice]]:

@@ -46,8 +46,8 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 def _config(folder: Folder, rng: Random, files: dict[str, bytes], at: str | None) -> None:
     try:
-        config = json.loads(files[CONFIG])
-    except (ValueError, RecursionError):
+        config = json.loads(files.get(CONFIG, b""))
+    except (ValueError, RecursionError):  # none, or spoilt before
         return
     place = config
     if isinstance(config, dict) and at in config and rng.random() < 0.9:
