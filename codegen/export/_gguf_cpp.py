@@ -29,7 +29,7 @@ static inline vf inverse(vf v) { return magnitude(v) > TINY ? 1.f / v : spread(0
 static inline vf half(vf v) {
     uint16_t bits[L];
     to_half(bits, within(v, -HALF_MAX, HALF_MAX));
-    return from_half(bits);
+    return from_half(bits) + 0.f;  // no zero with a sign
 }
 static inline vi bits_of_half(vf v) {
     uint16_t bits[L];
@@ -48,8 +48,8 @@ constexpr int from_lane(Step step, int size, int i) {
         case HIGH_LANES: return square + 2 + k / 2 + k % 2 * L;
         case LOW_PAIRS: return square + k % 2 + k / 2 * L;
         case HIGH_PAIRS: return square + 2 + k % 2 + k / 2 * L;
-        case LOW_HALVES: return i & size ? i - size + L : i;
-        default: return i & size ? i + L : i + size;
+        case LOW_HALVES: return i & size ? (i - size + 2 * L) % L + L : i;
+        default: return (i & size ? i + L : i + size) % (2 * L);
     }
 }
 template <Step STEP, int SIZE, int... I> static inline vf mixed(vf a, vf b, std::integer_sequence<int, I...>) {

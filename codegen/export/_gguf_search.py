@@ -366,8 +366,8 @@ def _per_block(groups: Floats, per_block: int) -> Floats:
 
 
 def half(values: Floats) -> Floats:
-    """Rounded to float16."""
-    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float32)
+    """Rounded to float16; zero without a sign."""
+    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float32) + np.float32(0)
 
 
 def inverse(values: Floats) -> Floats:
