@@ -203,10 +203,10 @@ def source(plan: Plan) -> str:
 def _loops(isa: Isa) -> str:
     """Rows in steps of the tallest tile, then of the lower ones; each over the columns of the widest."""
     lines = []
-    for rows, vectors in isa.tiles:
+    for rows, width in isa.tiles:
         tiles = "".join(
-            f" tile<{rows}, {vectors}>(job, m, column + {at * isa.lanes});"
-            for at in range(0, isa.columns // isa.lanes, vectors)
+            f" tile<{rows}, {width}>(job, m, column + {at * isa.lanes});"
+            for at in range(0, isa.columns // isa.lanes, width)
         )
         lines.append(f"    for (; m + {rows} <= end; m += {rows}) {{{tiles} }}\n")
     return "".join(lines)

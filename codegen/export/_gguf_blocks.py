@@ -34,8 +34,8 @@ class BlockType:
 
     encode: finite float32 [rows, columns], and the importance [columns] of the columns or None -> bytes
     [rows, columns / weights * nbytes]. largest: the greatest magnitude it takes, with room for every scale that a
-    search may try. spec, layout: of its codes, None for floats. search: for its scales, if there is one; quick: instead of
-    it, without importance. exact_for: float types whose every value it stores.
+    search may try. spec, layout: of its codes, None for floats. search: for its scales, if there is one; quick: what is
+    done instead without importance. exact_for: float types whose every value it stores.
     """
 
     name: str

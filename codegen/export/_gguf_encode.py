@@ -1,8 +1,8 @@
 """From a weight to the bytes of a GGUF tensor: carried over where the type holds its codes, else searched.
 
 A weight is cut into tiles, and a pool of threads works on them: a few large ones where an encoder is compiled for the
-type (`_gguf_native`); else some hundred rows and whole blocks, which stay in the cache of a core while NumPy passes over
-them again and again.
+type (`_gguf_native`); else of some hundred rows and whole blocks, which stay in the cache of a core while NumPy passes
+over them again and again.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Encoders compiled for this machine: the same bytes as the NumPy ones of `_gguf_blocks`, ten to a hundred times faster.
+"""Encoders compiled for this machine: the bytes of the NumPy ones of `_gguf_blocks`, ten to a hundred times faster.
 
 One library for each type, with and without importance, is compiled in the background when the first large weight asks
 for it (a second or two); until then, for small weights, and where there is no compiler, NumPy serves.

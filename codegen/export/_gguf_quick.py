@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_layouts import Fields
-from ptqc.codegen.export._gguf_search import Levels, Search, Sums, half, inverse, solve, whole
+from ptqc.codegen.export._gguf_levels import Levels, half, inverse, whole
+from ptqc.codegen.export._gguf_search import Search, Sums, solve
 
 __all__ = ["LARGEST_BIAS", "LARGEST_FACTOR", "UNITS", "QuickSearch"]
 
@@ -24,8 +25,8 @@ Floats = NDArray[np.float32]
 Shorts = NDArray[np.int16]
 
 UNITS, LARGEST_FACTOR, LARGEST_BIAS = 32767, 24000, 8000
-"""The first lie between zero and the largest magnitude, or lowest and highest weight. The sum of the others fits 16 bits:
-blocks that would need more lose some levels at an end."""
+"""The first lie between zero and the largest magnitude, or lowest and highest weight. The sum of the others fits
+16 bits: blocks that would need more lose some levels at an end."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class QuickSearch:
     def _levels(self, u: Shorts, factor: NDArray[np.int16] | np.int16, bias: NDArray[np.int16] | np.int16) -> Shorts:
         scaled = ((u.astype(np.int32) * factor + (1 << 14)) >> 15).astype(np.int16)
         levels = Levels.of(self.search.spec)
-        placed: Shorts = np.clip((scaled + bias) >> np.int16(self.fraction), np.int16(levels.low), np.int16(levels.high))
+        low, high = np.int16(levels.low), np.int16(levels.high)
+        placed: Shorts = np.clip((scaled + bias) >> np.int16(self.fraction), low, high)
         return placed
 
     def _placed(self, scale: Floats, offset: Floats, low: Floats, step: Floats) -> tuple[Shorts, Shorts]:

@@ -22,67 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_layouts import Fields
+from ptqc.codegen.export._gguf_levels import HALF_MAX, TINY, Levels, half, inverse, whole
 from ptqc.spec import WeightSpec
 
-__all__ = [
-    "PEAKS_OF_SCALES", "Fit", "Levels", "Search", "Sums", "half", "inverse", "largest_magnitude", "solve", "whole",
-]  # fmt: skip
+__all__ = ["PEAKS_OF_SCALES", "Fit", "Search", "Sums", "largest_magnitude", "solve"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-
-_HALF_MAX = np.float32(65504)
-_TINY = np.float32(2**-120)
-_ROUND = np.float32(1.5 * 2**23)
-"""No fractions are left of what is added to it: that rounds to integers."""
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Integers low..high, or a table of integers (whose neighbours are at least 1 apart); code = place in order."""
-
-    low: int
-    high: int
-    table: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(spec: WeightSpec) -> "Levels":
-        """The levels of a spec's codes."""
-        if spec.book is None:
-            low = -(2 ** (spec.bits - 1)) if spec.is_symmetric else 0
-            return Levels(low, low + 2**spec.bits - 1)
-        table = tuple(int(level) for level in spec.book.levels)
-        is_plain = table == tuple(range(table[0], table[0] + len(table)))
-        return Levels(table[0], table[-1], () if is_plain else table)
-
-    def nearest(self, values: Floats) -> Floats:
-        """Round to levels, in place."""
-        if not self.table:
-            return whole(values, self.low, self.high)
-        return np.take(self.places[1], self._place(values), out=values)
-
-    def codes(self, values: Floats) -> Bytes:
-        """Codes of the nearest levels; `values` are used up."""
-        if not self.table:
-            levels = self.nearest(values)
-            levels -= np.float32(self.low)
-            return levels.astype(np.uint8)
-        return self.places[0][self._place(values)]
-
-    def _place(self, values: Floats) -> NDArray[np.intp]:
-        """Half steps from the lowest level: midpoints between integers are edges of these."""
-        values -= np.float32(self.low)
-        values *= np.float32(2)
-        np.clip(values, np.float32(0), np.float32(2 * (self.high - self.low)), out=values)
-        return values.astype(np.intp)
-
-    @property
-    def places(self) -> tuple[Bytes, Floats]:
-        """Code and level by half steps from the lowest level."""
-        table = np.array(self.table, np.float32)
-        middles = self.low + np.arange(2 * (self.high - self.low) + 1, dtype=np.float32) / 2 + np.float32(0.25)
-        codes = np.abs(middles[:, None] - table).argmin(1).astype(np.uint8)
-        return codes, table[codes]
 
 
 @dataclass(frozen=True)
@@ -119,7 +65,7 @@ class Sums:
 
 def solve(sums: Sums, is_nested: bool) -> Fit:
     """The best scale and minimum for given levels; nested, a minimum below zero becomes zero."""
-    plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, _TINY))
+    plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, TINY))
     if sums.l is None or sums.w is None or sums.one is None:
         return Fit(plain, None)
     determinant = sums.one * sums.ll - sums.l * sums.l
@@ -337,21 +283,13 @@ def _nested(scale: Floats, weight: Floats, low: int, high: int) -> tuple[Floats,
         whole(codes, low, high)
         product = _sum(np.multiply(codes, counted, out=part))[:, None]
         np.multiply(codes, codes, out=codes)
-        fitted = product / np.maximum(_sum(np.multiply(codes, weight, out=part))[:, None], _TINY)
+        fitted = product / np.maximum(_sum(np.multiply(codes, weight, out=part))[:, None], TINY)
         gain = product * fitted
         is_better = gain > most
         np.copyto(most, gain, where=is_better)
         np.copyto(best, fitted, where=is_better)
     outer = half(best)
     return outer, whole(scale * inverse(outer), low, high)
-
-
-def whole(values: Floats, low: int, high: int) -> Floats:
-    """The nearest integers low..high, in place; zero without a sign. Ties go to even."""
-    np.clip(values, np.float32(low), np.float32(high), out=values)
-    values += _ROUND
-    values -= _ROUND
-    return values
 
 
 def _sum(values: Floats) -> Floats:
@@ -365,16 +303,6 @@ def _per_block(groups: Floats, per_block: int) -> Floats:
     return groups.reshape(-1, per_block, groups.shape[-1])
 
 
-def half(values: Floats) -> Floats:
-    """Rounded to float16; zero without a sign."""
-    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float32) + np.float32(0)
-
-
-def inverse(values: Floats) -> Floats:
-    """1 / values; 0 for 0 and numbers whose inverse is no float32."""
-    return np.divide(1, values, out=np.zeros_like(values), where=np.abs(values) > _TINY)
-
-
 def _pick(chosen: NDArray[np.bool_], yes: Floats, no: Floats) -> Floats:
     picked = np.array(np.broadcast_to(no, np.broadcast_shapes(chosen.shape, yes.shape, no.shape)))
     np.copyto(picked, yes, where=chosen)
@@ -386,4 +314,4 @@ def largest_magnitude(spec: WeightSpec) -> float:
     codes = 1 if spec.scale.bits is None else 2 ** (spec.scale.bits - spec.scale.signed) - 1
     levels = Levels.of(spec)
     reach = 1 if spec.zero == "min" else max(-levels.low, levels.high)
-    return float(_HALF_MAX) * codes * reach / 2
+    return float(HALF_MAX) * codes * reach / 2

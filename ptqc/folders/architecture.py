@@ -107,8 +107,8 @@ def held_to(stored: ModelFolder) -> Iterator[None]:
             )
         if parameter.numel() > largest:
             raise CheckpointError(
-                f"{where} describes a parameter {name} of shape {list(parameter.shape)}, which the tensors of the folder "
-                "cannot fill; download or save it again"
+                f"{where} describes a parameter {name} of shape {list(parameter.shape)}, which the tensors of the "
+                "folder cannot fill; download or save it again"
             )
 
     hook = nn.modules.module.register_module_parameter_registration_hook(count)

@@ -14,7 +14,8 @@ NUMBERS = (
     float("inf"), float("nan"),
 )  # fmt: skip
 WORDS = (
-    "", "int", "int4", "int4g32", "int4g32z", "int8g64", "nf4", "float", "float16", "bfloat16", "torch.float16", "int32",
+    "", "int", "int4", "int4g32", "int4g32z", "int8g64", "nf4", "float", "float16", "bfloat16", "torch.float16",
+    "int32",
     "gptq", "awq", "gptq_v2", "gemm", "Linear", "re:.*", "re:(", "re:(a+)+$", "token", "tensor", "channel", "group",
     "*", "up", "down.weight", "norm.weight", "true", "none", "x" * 3000, "../x", "a\nb", "\0", "ü\ud800",
 )  # fmt: skip
@@ -83,7 +84,8 @@ def damaged_json(rng: Random, root: Any) -> None:
         case "more":
             holder.insert(rng.randrange(len(holder) + 1), value(rng))
         case "nudge" if isinstance(holder[key], (int, float)):
-            holder[key] = rng.choice((holder[key] * 2, holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 32))
+            old = holder[key]
+            holder[key] = rng.choice((old * 2, old + 1, old - 1, -old, old * 32))
         case "nudge" if isinstance(holder[key], str):
             holder[key] = rng.choice((holder[key] + "x", holder[key][1:], holder[key].upper()))
         case "deep":
@@ -103,7 +105,9 @@ def damaged_tensors(rng: Random, tensors: dict[str, Tensor]) -> None:
     """Drop, cut, cast, reshape, overwrite, exchange or rename a tensor."""
     name = rng.choice(sorted(tensors))
     old = tensors[name]
-    match rng.choice(("drop", "rename", "cut", "cast", "view", "shape", "bytes", "swap", "copy", "fill", "one", "grow")):
+    match rng.choice(
+        ("drop", "rename", "cut", "cast", "view", "shape", "bytes", "swap", "copy", "fill", "one", "grow")
+    ):
         case "drop":
             del tensors[name]
         case "rename":

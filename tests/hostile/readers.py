@@ -1,6 +1,5 @@
 """Every reader of files that others wrote: something sound for it, damage to that, and what it is asked."""
 
-import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from ptqc.texts import read_any_documents
 from tests.export._folders import act_order, rounded
 from tests.export._models import small_model
 from tests.export.test_gguf_tokenizer import byte_level
-from tests.hostile.damage import NUMBERS, WORDS, damaged_bytes, damaged_json, value
+from tests.hostile.damage import NUMBERS, WORDS, damaged_bytes, damaged_json
 from tests.hostile.safetensors import Folder, write_files
 from tests.tiny import tiny
 
@@ -328,7 +327,8 @@ _BOMBS = (
     "&a [*a]", "- &a {pattern: *a}", "a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]", "- !!python/object/apply:os.system [ls]",
     "- {pattern: !!binary aGk=}", "- " * 3000 + "a", "[" * 3000, "- {? [a, b] : c}", "- {pattern: 2026-11-24}",
     "- <<: {pattern: a}\n  method: none", "- &r {pattern: a, method: none, options: *r}", "\t- a", "- {}\n---\n- {}",
-    "- {pattern: a, bits: .nan}", "- {pattern: a, bits: 1" + "0" * 6000 + "}", "- {pattern: a, ? b}", "%YAML 9.9\n---\n- a",
+    "- {pattern: a, bits: .nan}", "- {pattern: a, bits: 1" + "0" * 6000 + "}", "- {pattern: a, ? b}",
+    "%YAML 9.9\n---\n- a",
     "- {pattern: &p a, method: *p}", "- {1: 2, [3]: 4}", "- {pattern: a, options: {1: 2}}", "- {pattern: 0o17}",
     "\n".join(["a0: &a0 [x,x,x,x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]),
     "- {pattern: a, options: &b [&c [x,x,x], *c, *c]}",
