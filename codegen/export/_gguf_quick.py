@@ -78,7 +78,7 @@ class QuickSearch:
 
     def _best(self, u: Shorts) -> Sums:
         best, most = None, None
-        total, one = self._sum(u), np.float32(len(u))
+        total, one = self._sum(u), np.full(1, len(u), np.float32)
         for factor, bias in self.candidates:
             levels = self._levels(u, np.int16(factor), np.int16(bias))
             sums = Sums(self._sum(levels * u.astype(np.int32)), self._sum(levels * levels))

@@ -216,7 +216,7 @@ def _fill(
             value = value.with_parts(value.parts, dtype=dtype or value.dtype)
         elif dtype is not None and value.is_floating_point():
             value = value.to(dtype)
-        put(place, value, stored[0])
+        put(place, value, f"{stored[0]} of {foreign.path}")
 
 
 def _packed(name: str, pieces: list[Tensor], shape: torch.Size) -> Tensor:

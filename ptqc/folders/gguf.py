@@ -50,7 +50,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         if id(at.weight) not in parameters:
             at.weight.copy_(value)
             continue
-        put(parameters[id(at.weight)], value, at.stored_name)
+        put(parameters[id(at.weight)], value, f"{at.stored_name} of {path}")
     model.config._name_or_path = str(path)
     loaded: nn.Module = model.eval()
     return loaded

@@ -18,6 +18,9 @@ from tests.export._models import llama_logits, relative, small_model, stored
 
 def test_rows_of_each_head_are_interleaved():
     assert interleaved_rows(12, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    for rows, heads in ((4, 4), (12, 5), (12, 0)):
+        with pytest.raises(ExportError, match="cannot be rotated"):
+            interleaved_rows(rows, heads)
 
 
 def test_rotating_neighbours_after_interleaving_is_rotating_halves_before():

@@ -3,8 +3,6 @@
 import gguf
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import ptqc
 from ptqc.codegen.exporters import export
@@ -121,27 +119,3 @@ def test_files_that_do_not_fit_together(tmp_path, tokenizer, changes, without, s
     rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", changes, without)
     with pytest.raises(CheckpointError, match=said):
         ptqc.load(tmp_path / "b.gguf")
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sound")
-    small = small_model(vocab_size=700, num_hidden_layers=1)
-    export(small, "gguf", folder / "a.gguf", quant="Q4_0", tokenizer=byte_level())
-    rewritten(folder / "a.gguf", folder / "b.gguf")
-    return (folder / "b.gguf").read_bytes()
-
-
-@given(at=st.floats(0, 0.02) | st.floats(0, 0.999), width=st.sampled_from([1, 4, 8]),
-       value=st.integers(0, 2**64 - 1) | st.integers(0, 70))  # fmt: skip
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_files_are_errors_or_models(tmp_path, sound, at, width, value):
-    broken = bytearray(sound)
-    start = int(at * (len(broken) - 8))
-    broken[start : start + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
-    (tmp_path / "damaged.gguf").write_bytes(broken)
-    try:
-        model = ptqc.load(tmp_path / "damaged.gguf")
-    except CheckpointError:
-        return
-    assert isinstance(model, torch.nn.Module)

@@ -39,16 +39,15 @@ def test_ten_thousand_cases(reader):
     assert faults(*reader, range(_ALL)) == {}
 
 
-def test_damage_is_noticed_and_not_all_the_same(reader):
-    """Cases end in different ways: they reach past the first check."""
+def test_some_damage_does_no_harm_and_the_rest_is_noticed_in_many_places(reader):
     endings = set()
-    for case in range(20):
+    for case in range(60):
         try:
             reader[1](Random(case))()
             endings.add("read")
         except Exception as error:
             endings.add(str(error)[-25:])
-    assert len(endings) >= 3
+    assert "read" in endings and len(endings) >= 4
 
 
 def _refuse(text: str) -> None:
@@ -58,7 +57,8 @@ def _refuse(text: str) -> None:
 def test_what_is_a_fault():
     assert fault_of(lambda: 1) is None
     assert fault_of(lambda: _refuse("the file holds 3 bytes, not 4; save it again")) is None
-    assert "one line" in str(fault_of(lambda: _refuse("the file holds\n3 bytes, not 4")))
+    assert "one line" in str(fault_of(lambda: _refuse("bad file")))
+    assert "too much memory" in str(fault_of(lambda: _refuse("you tried to allocate memory of 3 TB; get more")))
     assert "ValueError" in str(fault_of(lambda: int("x")))
     assert "RuntimeError" in str(fault_of(lambda: torch.empty(1 << 40, dtype=torch.uint8)))
     with pytest.raises(TooSlowError), bounded(seconds=0.05):
