@@ -95,7 +95,6 @@ def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
 
 
 _FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
-_NARROW = ((0.0, 0.0), (-0.4, -0.4), (-0.2, -0.2), (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (0.6, 0.6))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
 _FEW = ((0.0, 0.0), (0.4, 0.4), (0.5, -0.2), (-0.2, 0.5))
 _STEPS = (-0.5, -0.1, 0.3, 0.7)
@@ -103,13 +102,13 @@ _SOME = tuple((below, above) for below in _STEPS for above in _STEPS if not {bel
 
 _SEARCHES: dict[str, Search] = {
     "Q4_0": Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 9), 7.0)),
-    "Q4_1": Search(KNOWN_SPECS["q4_1"], ends=_NARROW),
+    "Q4_1": Search(KNOWN_SPECS["q4_1"], ends=_SOME),
     "Q5_0": Search(KNOWN_SPECS["q5_0"], peaks=(*_around(-16, 1.2, 9), 15.0)),
     "Q5_1": Search(KNOWN_SPECS["q5_1"], ends=_FINE),
     "Q2_K": Search(KNOWN_SPECS["q2_K"], ends=_WIDE, turns=4),
     "Q3_K": Search(KNOWN_SPECS["q3_K"], peaks=(*_around(-4, 0.8, 8), 3.0, 3.4)),
-    "Q4_K": Search(KNOWN_SPECS["q4_K"], ends=_NARROW),
-    "Q5_K": Search(KNOWN_SPECS["q5_K"], ends=_NARROW),
+    "Q4_K": Search(KNOWN_SPECS["q4_K"], ends=_SOME),
+    "Q5_K": Search(KNOWN_SPECS["q5_K"], ends=_SOME),
     "Q6_K": Search(KNOWN_SPECS["q6_K"], peaks=(*_around(-32, 1.2, 6), 31.0)),
     "IQ4_NL": Search(KNOWN_SPECS["iq4_nl"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
     "IQ4_XS": Search(KNOWN_SPECS["iq4_xs"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),

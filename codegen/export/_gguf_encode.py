@@ -25,8 +25,8 @@ __all__ = ["encode_weight", "exact_type", "fate_of"]
 
 _WEIGHTS_AT_ONCE, _ROWS_AT_ONCE, _NATIVE_AT_ONCE = 1 << 17, 256, 1 << 21
 """Weights and rows of a tile for NumPy, weights of one for a compiled encoder."""
-_WORTH_COMPILING = 1 << 18
-"""Weights: smaller ones never ask for a compiled encoder."""
+_WORTH_COMPILING, _WORTH_WAITING = 1 << 18, 1 << 25
+"""Weights: smaller ones never ask for a compiled encoder, or do not wait until it is compiled."""
 _SMALLEST_IMPORTANCE = np.float32(1e-6)
 """Of a column, relative to the mean: a column that calibration never used still gets the nearest codes."""
 
@@ -63,6 +63,8 @@ def encode_weight(
     counts = None if importance is None else _relative(importance, columns, name)
     is_large = held is None and matrix.numel() >= _WORTH_COMPILING
     native = native_encoder(kind.name, counts is not None) if is_large else None
+    if native is not None and matrix.numel() >= _WORTH_WAITING:
+        native.wait()
 
     def encode_tile(at: tuple[slice, slice]) -> None:
         down, across = at

@@ -1,12 +1,13 @@
 """Encoders compiled for this machine: the bytes of the NumPy ones of `_gguf_blocks`, ten to a hundred times faster.
 
 One library for each type, with and without importance, is compiled in the background when the first large weight asks
-for it (a second or two); until then, for small weights, and where there is no compiler, NumPy serves.
+for it, in two seconds; very large weights wait for it. Until then, for small ones, and without a compiler NumPy serves.
 """
 
 import ctypes
+import logging
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import cache
 
 import numpy as np
@@ -18,6 +19,8 @@ from ptqc.codegen.export._gguf_blocks import TYPES, BlockType
 from ptqc.codegen.export._gguf_cpp import FLAGS, encoder_source
 
 __all__ = ["NativeEncoder", "native_encoder"]
+
+log = logging.getLogger("ptqc")
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -31,12 +34,17 @@ class NativeEncoder:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is compiled."""
-        return self._library.done()
+        """Whether it is compiled, and can be."""
+        if not self._library.done():
+            return False
+        error = self._library.exception()
+        if error is not None:
+            _report(str(error))
+        return error is None
 
     def wait(self) -> None:
-        """Return when it is compiled."""
-        self._library.result()
+        """Return when the compiler is done."""
+        wait([self._library])
 
     def encode(self, rows: Floats, importance: Floats | None, out: Bytes) -> bool:
         """rows: [rows, columns], each row dense. importance: [columns], positive. out: [rows, bytes], dense.
@@ -65,3 +73,9 @@ def native_encoder(name: str, is_weighted: bool) -> NativeEncoder | None:
     if kind.layout is None or not isinstance(isa, Isa) or missing_tools(compiler(), isa) is not None:
         return None
     return NativeEncoder(kind, compile_library(encoder_source(kind, is_weighted, isa), (*isa.flags, *FLAGS)))
+
+
+@cache
+def _report(error: str) -> None:
+    """Said once."""
+    log.warning("GGUF types are encoded by NumPy, ten times slower or more: %s", error)

@@ -8,7 +8,7 @@ import torch
 
 from ptqc.codegen.cpp.isa import ISAS, running_isa
 from ptqc.codegen.cpp.toolchain import compile_library, compiler, missing_tools
-from ptqc.codegen.export import _gguf_encode
+from ptqc.codegen.export import _gguf_encode, _gguf_native
 from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_cpp import FLAGS, encoder_source
 from ptqc.codegen.export._gguf_encode import encode_weight
@@ -101,8 +101,8 @@ def test_weights_that_are_no_numbers_or_too_large_are_noticed(compiled):
 
 def test_large_weights_are_encoded_by_it(monkeypatch):
     monkeypatch.setattr(_gguf_encode, "_WORTH_COMPILING", 1)
+    monkeypatch.setattr(_gguf_encode, "_WORTH_WAITING", 1)
     monkeypatch.setattr(_gguf_encode, "_NATIVE_AT_ONCE", 2048)
-    native_encoder("Q4_1", False).wait()
     calls, own = [], NativeEncoder.encode
     monkeypatch.setattr(NativeEncoder, "encode", lambda self, *rest: calls.append(1) or own(self, *rest))
     for dtype in (torch.float32, torch.bfloat16):
@@ -115,6 +115,17 @@ def test_large_weights_are_encoded_by_it(monkeypatch):
     weight[3, 3] = float("nan")
     with pytest.raises(ExportError, match='"w" holds NaN or infinite values'):
         encode_weight(weight, TYPES["Q4_1"], "w")
+
+
+def test_what_cannot_be_compiled_is_encoded_by_numpy(monkeypatch, caplog):
+    monkeypatch.setattr(_gguf_encode, "_WORTH_COMPILING", 1)
+    monkeypatch.setattr(_gguf_encode, "_WORTH_WAITING", 1)
+    monkeypatch.setattr(_gguf_native, "encoder_source", lambda *_: "no C++")
+    native_encoder.cache_clear()
+    weight = torch.from_numpy(hard(4))
+    assert np.array_equal(encode_weight(weight, TYPES["Q8_0"], "w"), TYPES["Q8_0"].encode(hard(4), None))
+    assert "GGUF types are encoded by NumPy" in caplog.text
+    native_encoder.cache_clear()
 
 
 def test_small_weights_and_floats_compile_nothing(monkeypatch):
