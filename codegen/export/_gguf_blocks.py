@@ -4,8 +4,9 @@ A row of a tensor is cut into blocks of `weights` numbers, each stored in `nbyte
 store codes are rows of `_SEARCHES`: a spec (which says what the codes mean) and how to search scales; where the bits go
 is the table of `_gguf_layouts`. Q8_0 needs no search: its steps are finer than anything a scale could win.
 
-NumPy, not torch: these are long chains of small operations, run by a thread pool on pieces that fit the cache, and
-torch's own threads make them 4 to 30 times slower on a busy machine (two cores, November 2026).
+This is what the types mean; large weights are encoded by the same in C++ (`_gguf_native`). NumPy, not torch: these are
+long chains of small operations, run by a thread pool on pieces that fit the cache, and torch's own threads make them
+4 to 30 times slower on a busy machine (two cores, November 2026).
 """
 
 from collections.abc import Callable
