@@ -1,5 +1,7 @@
 """Compiled encoders: byte for byte what NumPy gives, on every machine."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,22 @@ from ptqc.errors import ExportError
 
 pytestmark = pytest.mark.skipif(missing_tools(compiler(), ISAS["portable"]) is not None, reason="no C++ compiler")
 NAMES = [name for name, kind in TYPES.items() if kind.layout is not None]
+ARM = shutil.which("aarch64-linux-gnu-g++")
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+MAIN = """
+#include <cstdio>
+#include <cstdlib>
+int main(int, char **said) {  // files in and out; weights, blocks, blocks of a row, bytes out
+    const long n = atol(said[3]), bytes = atol(said[6]);
+    float *data = (float *)malloc((n + 512) * 4);
+    uint8_t *out = (uint8_t *)malloc(bytes);
+    if (fread(data, 4, n + 512, fopen(said[1], "rb")) != size_t(n + 512)) return 2;
+    if (!encode(data, data + n, out, atol(said[4]), atol(said[5]))) return 3;
+    FILE *file = fopen(said[2], "wb");
+    fwrite(out, 1, bytes, file);
+    return fclose(file);
+}
+"""
 SOME = [("Q4_1", False), ("Q4_0", True), ("Q8_0", False), ("Q2_K", True), ("IQ4_XS", False), ("TQ1_0", True)]
 """One of each kind: integers, a search, steps, nested with minima, a table, digits."""
 ALL = [(name, is_weighted) for name in NAMES for is_weighted in (False, True)]
@@ -86,6 +104,23 @@ def test_the_number_of_lanes_changes_nothing(lanes):
     encoders = {name: start(name, name == "Q3_K", isa) for name in ("Q5_1", "Q3_K")}
     for name, encoder in encoders.items():
         agrees(encoder, name, name == "Q3_K", 11)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ARM is None or QEMU is None, reason="needs g++-aarch64-linux-gnu and qemu-user-static")
+@pytest.mark.parametrize(("name", "is_weighted"), [("Q4_1", False), ("Q2_K", True), ("TQ1_0", False), ("Q8_0", False)])
+def test_bytes_on_another_cpu(name, is_weighted, tmp_path):
+    kind, weights, counts = TYPES[name], hard(5), importance()
+    (tmp_path / "text.cpp").write_text(encoder_source(kind, is_weighted, ISAS["neon"]) + MAIN)
+    flags = ("-O2", "-std=c++17", "-static", "-w", *ISAS["neon"].flags, *FLAGS)
+    subprocess.run([ARM, *flags, tmp_path / "text.cpp", "-o", tmp_path / "program"], check=True, timeout=300)
+    (tmp_path / "in").write_bytes(weights.tobytes() + counts.tobytes())
+    blocks, per_row = weights.size // kind.weights, 512 // kind.weights
+    numbers = map(str, (weights.size, blocks, per_row, blocks * kind.nbytes))
+    files = (tmp_path / "program", tmp_path / "in", tmp_path / "out")
+    subprocess.run([QEMU, "-cpu", "max", *files, *numbers], check=True, timeout=300)
+    expected = kind.encode(weights, counts if is_weighted else None)
+    assert (tmp_path / "out").read_bytes() == expected.tobytes()
 
 
 def test_weights_that_are_no_numbers_or_too_large_are_noticed(compiled):
