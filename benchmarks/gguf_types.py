@@ -32,7 +32,7 @@ from ptqc.codegen.export._gguf_encode import encode_weight
 from ptqc.codegen.export._gguf_native import native_encoder
 
 Floats = NDArray[np.float32]
-_REPEATS, _SECONDS = 3, 1.0
+_REPEATS, _SECONDS = 3, 4.0
 
 
 def error(encoded: NDArray[np.uint8], weights: Floats, name: str, counted: Floats | None) -> float:
