@@ -79,9 +79,10 @@ def encode_weight(
         numbers = _plain(matrix[down])
         if native is None or not native.encode(numbers, counts, encoded[down]):
             _check(numbers, kind, name)
+            encoded[down] = kind.encode(numbers, counts)
 
     if native is not None and native.is_ready:
-        down = min(max(1, _NATIVE_AT_ONCE // columns), -(-rows // _threads()))
+        down = min(max(1, _NATIVE_AT_ONCE // columns), -(-rows // (2 * _threads())))
         work = _pool().map(encode_rows, [slice(top, min(top + down, rows)) for top in range(0, rows, down)])
     else:
         # A stored weight is carried, or decoded, in whole rows.

