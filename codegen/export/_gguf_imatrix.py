@@ -119,7 +119,8 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
         experts = counts.size
         if experts == 0 or sums.size % experts:
             raise CheckpointError(f"{path} has {sums.size} sums for {experts} counts of {weight}; make it again")
-        means = sums.reshape(experts, -1) / np.maximum(counts.reshape(experts, 1), 1)
+        with np.errstate(all="ignore"):  # what is no number is refused below
+            means = sums.reshape(experts, -1) / np.maximum(counts.reshape(experts, 1), 1)
         # An expert that saw nothing: all its channels count alike.
         found[weight] = np.where(counts.reshape(experts, 1) > 0, means, 1).reshape(-1).astype(np.float32)
     if not found:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptqc.codegen.dialect import DIALECTS, DamagedWeight, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
-from ptqc.folders.architecture import build_unfilled, planned_dtype
+from ptqc.folders.architecture import build_empty, build_unfilled, planned_dtype
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
 from ptqc.folders.naming import stacked, stored_names
@@ -144,6 +144,7 @@ def load_foreign(
     Raises: CheckpointError if a weight is missing or has another shape than the model's.
     """
     seen = _as_weights(stored, foreign)
+    build_empty(seen, trust_remote_code)  # sizes that no tensor has fail before memory is asked for
     model: nn.Module = build_unfilled(seen, trust_remote_code)
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
@@ -214,7 +215,7 @@ def _fill(
             value = value.with_parts(value.parts, dtype=dtype or value.dtype)
         elif dtype is not None and value.is_floating_point():
             value = value.to(dtype)
-        put(place, value, stored[0])
+        put(place, value, f"{stored[0]} of {foreign.path}")
 
 
 def _packed(name: str, pieces: list[Tensor], shape: torch.Size) -> Tensor:

@@ -50,7 +50,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         if number not in parameters:
             placed[0].weight.copy_(value)
             continue
-        put(parameters[number], value, placed[0].stored_name)
+        put(parameters[number], value, f"{placed[0].stored_name} of {path}")
     model.config._name_or_path = str(path)
     loaded: nn.Module = model.eval()
     return loaded
