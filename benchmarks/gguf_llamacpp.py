@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ptqc.channel_importance import importance
-from ptqc.codegen.export._gguf_architectures import architecture_of, placements
+from ptqc.codegen.export._gguf_architectures import architecture_of
 from ptqc.codegen.export._gguf_mixes import MIXES
+from ptqc.codegen.export._gguf_placement import placements
 from ptqc.codegen.exporters import export
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor

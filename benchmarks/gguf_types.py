@@ -4,8 +4,8 @@ Weights: all matrices of the reference model whose rows are whole superblocks. I
 inputs on calibration text, the same for both sides. Error: sum of importance times squared difference (importance 1
 without), decoded by the `gguf` package; the ratio is ours over that of llama.cpp, mean over matrices, and the worst
 matrix. Speed: millions of weights a second on all cores, of a normal matrix of 4 million weights, the best of a few.
-llama.cpp does not search scales of Q4_0, Q4_1, Q5_0, Q5_1 without importance, nor of TQ1_0, TQ2_0 ever: it is faster
-there, at the price that the ratio shows.
+llama.cpp does not search scales of Q4_0, Q4_1, Q5_0, Q5_1 without importance, nor of TQ1_0, TQ2_0 ever. Our encoders
+are compiled first; both sides take turns on the machine.
 
     python -m benchmarks.gguf_types [--json gguf_types.json]
 """
@@ -29,9 +29,10 @@ from benchmarks.gguf_llamacpp import REFERENCE
 from ptqc.channel_importance import importance
 from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_encode import encode_weight
+from ptqc.codegen.export._gguf_native import native_encoder
 
 Floats = NDArray[np.float32]
-_REPEATS = 3
+_REPEATS, _SECONDS = 3, 4.0
 
 
 def error(encoded: NDArray[np.uint8], weights: Floats, name: str, counted: Floats | None) -> float:
@@ -40,20 +41,25 @@ def error(encoded: NDArray[np.uint8], weights: Floats, name: str, counted: Float
     return float((left if counted is None else left * counted).sum())
 
 
-def seconds(encode: Callable[[], object]) -> float:
-    """The least time of several."""
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        encode()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(*encoders: Callable[[], object]) -> list[float]:
+    """The least time of each, of several in turn."""
+    times: list[list[float]] = [[] for _ in encoders]
+    started = time.perf_counter()
+    while len(times[0]) < _REPEATS or time.perf_counter() - started < _SECONDS:
+        for encode, own in zip(encoders, times, strict=True):
+            start = time.perf_counter()
+            encode()
+            own.append(time.perf_counter() - start)
+    return [min(own) for own in times]
 
 
 def row(name: str, matrices: dict[str, tuple[Floats, Floats]], sample: Floats) -> dict[str, object]:
     """One type: ratios and speeds, without and with importance."""
     found: dict[str, object] = {"type": name, "bits": TYPES[name].bits_per_weight}
     for label in ("without", "with"):
+        native = native_encoder(name, label == "with")
+        if native is not None:
+            native.wait()
         ratios = []
         for weights, counts in matrices.values():
             each = counts if label == "with" else None
@@ -61,8 +67,10 @@ def row(name: str, matrices: dict[str, tuple[Floats, Floats]], sample: Floats) -
             ratios.append(error(ours, weights, name, each) / error(theirs(weights, name, each), weights, name, each))
         flat = np.ones(sample.shape[1], np.float32) if label == "with" else None
         tensor = torch.from_numpy(sample)
-        own = seconds(lambda tensor=tensor, flat=flat: encode_weight(tensor, TYPES[name], name, flat))
-        peer = seconds(lambda flat=flat: theirs(sample, name, flat))
+        own, peer = seconds(
+            lambda tensor=tensor, flat=flat: encode_weight(tensor, TYPES[name], name, flat),
+            lambda flat=flat: theirs(sample, name, flat),
+        )
         found |= {
             f"ratio_{label}": float(np.mean(ratios)), f"worst_{label}": float(np.max(ratios)),
             f"speed_{label}": sample.size / own / 1e6, f"their_speed_{label}": sample.size / peer / 1e6,

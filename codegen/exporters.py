@@ -7,23 +7,32 @@ target, and renames what it wrote into place.
 
 import logging
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from ptqc.errors import ExportError
 from ptqc.registry import Registry
+from ptqc.scratch import hidden, hold, shortage, sweep
 
-__all__ = ["EXPORTERS", "ExportReport", "ExportedTensor", "Exporter", "Fate", "Written", "export"]
+__all__ = [
+    "EXPORTERS", "ExportReport", "ExportedTensor", "Exporter", "Fate", "OnProgress", "ReadRows",
+    "StreamingExporter", "Written", "export", "is_streaming", "require_space",
+]  # fmt: skip
 
 log = logging.getLogger("ptqc")
+
+ReadRows = Callable[[str, int, int], Tensor]
+"""(name of a parameter, start, stop) -> these rows of it as a matrix [all other axes, last axis]."""
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with the bytes that are done, the bytes there are, and the tensor that they belong to."""
 
 Fate = Literal["lossless", "converted", "requantized"]
 """lossless: the file holds the model's codes and scales, or its very numbers. converted: a float weight in a type that
@@ -83,7 +92,26 @@ class Exporter(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamingExporter(Exporter, Protocol):
+    """A file format that is written from a model on the meta device, some rows of a weight at a time."""
+
+    def prepare_streamed(
+        self, model: nn.Module, tokenizer: Any, read: ReadRows | None, on_progress: OnProgress
+    ) -> Callable[[Path], Written]:
+        """As `prepare`; `read` gives the values of float parameters and buffers, None if `model` has them."""
+        ...
+
+
 EXPORTERS: Registry[type[Exporter]] = Registry("exporter", "ptqc.codegen.export")
+
+
+def is_streaming(format: str) -> bool:
+    """Whether a format is written from a model whose values are elsewhere.
+
+    Raises: UnknownNameError; ExportError if a package is missing.
+    """
+    return hasattr(_kind(format), "prepare_streamed")
 
 
 def export(
@@ -93,12 +121,15 @@ def export(
     *,
     quant: str | None = None,
     tokenizer: Any = None,
+    read: ReadRows | None = None,
+    on_progress: OnProgress = lambda done, total, name: None,
     **options: Any,
 ) -> ExportReport:
     """Write a model to a file that other programs run.
 
     format: a name that `EXPORTERS.names()` lists. quant: how the format should store the weights, where it has a
-    choice. tokenizer: a tokenizer, or its folder, where the format holds one. options: fields of the exporter.
+    choice. tokenizer: a tokenizer, or its folder, where the format holds one. read: the values of a model on the meta
+    device, and on_progress: where writing is, for formats that stream. options: fields of the exporter.
     The model is not changed. Nothing is left behind if anything fails.
 
     Example: `ptqc.export(model, "gguf", "model.gguf", quant="Q4_0", tokenizer="./model")`.
@@ -108,8 +139,12 @@ def export(
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     exporter = _make(format, {"quant": quant, **options} if quant is not None else options)
     target = _target(Path(path), exporter.suffix)
-    _ask(exporter, model, format)
-    write = exporter.prepare(model, tokenizer)
+    _ask(exporter, model, format, is_read=read is not None)
+    if isinstance(exporter, StreamingExporter):
+        write = exporter.prepare_streamed(model, tokenizer, read, on_progress)
+    else:
+        assert read is None, f"{format} does not stream"
+        write = exporter.prepare(model, tokenizer)
     with staged_file(target) as temporary:
         written = write(temporary)
         nbytes = sum(file.stat().st_size for file in temporary.parent.rglob("*") if file.is_file())
@@ -118,15 +153,19 @@ def export(
     return report
 
 
-def _make(format: str, options: dict[str, Any]) -> Exporter:
+def _kind(format: str) -> type[Exporter]:
     try:
-        kind = EXPORTERS.get(format)
+        return EXPORTERS.get(format)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "ptqc":
             raise
         raise ExportError(
             f'format "{format}" needs the package {error.name}, which is not installed: pip install "ptqc[{format}]"'
         ) from error
+
+
+def _make(format: str, options: dict[str, Any]) -> Exporter:
+    kind = _kind(format)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     unknown = sorted(options.keys() - set(known))
     if unknown:
@@ -142,11 +181,12 @@ def _target(path: Path, suffix: str) -> Path:
     return path
 
 
-def _ask(exporter: Exporter, model: nn.Module, format: str) -> None:
+def _ask(exporter: Exporter, model: nn.Module, format: str, is_read: bool) -> None:
     """Ask about every weight. Raises: ExportError naming those refused."""
     refused = []
     for name, weight in model.named_parameters():
-        reason = "it is on the meta device and holds no values" if weight.is_meta else exporter.refuses(name, weight)
+        is_empty = weight.is_meta and not is_read
+        reason = "it is on the meta device and holds no values" if is_empty else exporter.refuses(name, weight)
         if reason is not None:
             refused.append(f'"{name}": {reason}')
     if refused:
@@ -158,13 +198,16 @@ def _ask(exporter: Exporter, model: nn.Module, format: str) -> None:
 def staged_file(target: Path) -> Iterator[Path]:
     """A path of the same name in a new folder beside `target`; what was written there is renamed into place at the end.
 
-    Files beside it in that folder go along, before it. On any failure the folder is removed.
+    Files beside it in that folder go along, before it. On any failure the folder is removed; what a killed run left,
+    the next one removes.
 
     Raises: ExportError for operating-system errors, naming the target.
     """
-    folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    folder, lock = hidden(target), None
     try:
+        sweep(target)
         folder.mkdir()
+        lock = hold(folder)
         yield folder / target.name
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
             os.replace(file, target.parent / file.name)
@@ -172,3 +215,12 @@ def staged_file(target: Path) -> Iterator[Path]:
         raise ExportError(f'cannot write "{target}": {error.strerror or error}') from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Refuse to begin a file of `needed` bytes on a disk that cannot hold it. Raises: ExportError."""
+    reason = shortage(path, needed)
+    if reason is not None:
+        raise ExportError(reason)

@@ -27,6 +27,9 @@ __all__ = [
     "Affine", "Lay", "affine_of", "groups_of", "integer_reason", "order_of", "pack_words", "unpack_words", "weight_of",
 ]  # fmt: skip
 
+_INDICES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types that torch can do all with that a row of groups needs."""
+
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [..., n] uint8 into int32 words [..., ceil(n * bits / 32)]."""
@@ -140,7 +143,7 @@ def order_of(group_of: Tensor, columns: int, name: str) -> Surroundings:
     Raises: CheckpointError if groups have different sizes or do not exist.
     """
     in_features = group_of.numel()
-    if group_of.is_floating_point() or group_of.ndim != 1:
+    if group_of.dtype not in _INDICES or group_of.ndim != 1:
         raise damaged(name, f"g_idx is {group_of.dtype} {list(group_of.shape)}, no row of whole numbers")
     group = in_features // columns
     if columns == 1 or torch.equal(group_of.long(), torch.arange(in_features) // group):

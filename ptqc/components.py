@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from ptqc.act_spec import ActSpec
-from ptqc.errors import PtqcError, UnknownNameError
+from ptqc.errors import PtqcError, UnknownNameError, first_line
 from ptqc.methods import METHODS, Method
 from ptqc.registry import Registry
 from ptqc.transforms import TRANSFORMS, Transform
@@ -55,7 +55,14 @@ class _Draft:
         return set() if self.made is not None else {entry.name for entry in fields(self.kind)}
 
     def make(self) -> Any:
-        return self.kind(**self.options) if self.made is None else self.made
+        if self.made is not None:
+            return self.made
+        try:
+            return self.kind(**self.options)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, PtqcError):
+                raise
+            raise PtqcError(f"{_kind(self)} cannot be made with {dict(self.options)!r}: {first_line(error)}") from None
 
 
 def chain(method: Component | Sequence[Component], options: Mapping[str, Any] | None = None) -> Chain:

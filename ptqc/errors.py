@@ -3,8 +3,17 @@
 __all__ = ["CheckpointError", "ExportError", "PtqcError", "SpecError", "UnknownNameError", "WeightError", "first_line"]
 
 
+_LONGEST = 1000
+"""Letters of a message: names and values that a file announces may be of any length, and of any letters."""
+
+
 class PtqcError(Exception):
     """Base of every error that ptqc raises on purpose. The command prints its text and exits with 2."""
+
+    def __str__(self) -> str:
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in super().__str__())
+        half = _LONGEST // 2
+        return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class SpecError(PtqcError, ValueError):

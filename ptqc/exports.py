@@ -1,5 +1,6 @@
 """The door to every export: `ptqc.export` for files (`ptqc.codegen.export`) and folders (`ptqc.codegen.dialects`)."""
 
+import logging
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -9,15 +10,18 @@ from torch import nn
 
 from ptqc.channel_importance import importance
 from ptqc.codegen.dialect import DIALECTS
-from ptqc.codegen.exporters import EXPORTERS, ExportReport
+from ptqc.codegen.exporters import EXPORTERS, ExportReport, ReadRows, is_streaming
 from ptqc.codegen.exporters import export as export_file
 from ptqc.errors import ExportError, UnknownNameError, first_line
 from ptqc.folders.checkpoint import load
 from ptqc.folders.exporting import export_folder
 from ptqc.folders.folder import open_folder
 from ptqc.folders.origins import of_folder, of_model
+from ptqc.folders.rows import open_unread
 
 __all__ = ["export", "formats", "is_folder"]
+
+log = logging.getLogger("ptqc")
 
 _FOLDER_OPTIONS = ("is_fused", "max_shard_bytes", "on_progress", "overwrite")
 _OF_READERS = ("bits", "acts")
@@ -55,7 +59,8 @@ def export(
 ) -> ExportReport:
     """Write a model for other programs to run.
 
-    model: a module, or a model folder; a folder is read one tensor at a time where the format is a folder too.
+    model: a module, or a model folder. A folder is read one tensor at a time where the format is a folder too, and a
+    folder of floats some rows at a time for gguf, unless there is calibration data, on which the model is run.
     format: a name that `formats()` lists. quant: how the format should store the weights: a type of a gguf file; for
     folders "nearest" or a spec, see `ptqc.folders.exporting.export_folder`. tokenizer: a tokenizer, or its folder,
     where the format holds one. calibration: data from which a format that searches scales (gguf) learns which input
@@ -69,16 +74,16 @@ def export(
     that cannot be read or written; UnknownNameError.
     """
     if not is_folder(format):
-        if not isinstance(model, nn.Module):
-            tokenizer = tokenizer if tokenizer is not None else str(model)
-            model = load(model, trust_remote_code=trust_remote_code).eval()
+        if tokenizer is None and not isinstance(model, nn.Module):
+            tokenizer = str(model)
+        given, read = _opened(model, format, trust_remote_code, is_run=calibration is not None)
         if calibration is not None:
             if options.get("importance") is not None:
                 raise ExportError("give calibration data or importance, not both")
             options["importance"] = importance(
-                model, calibration, _loaded(tokenizer), samples=samples, window=window, seed=seed
+                given, calibration, _loaded(tokenizer), samples=samples, window=window, seed=seed
             )
-        return export_file(model, format, path, quant=quant, tokenizer=tokenizer, **options)
+        return export_file(given, format, path, quant=quant, tokenizer=tokenizer, read=read, **options)
     if calibration is not None:
         raise ExportError(f"{format} stores weights as they are and reads no calibration data; quantize with it first")
     name = format.replace("-", "_")
@@ -94,6 +99,21 @@ def export(
         origin = of_folder(open_folder(model), trust_remote_code)
     tokenizer = _loaded(tokenizer, trust_remote_code)
     return export_folder(origin, name, Path(path), quant=quant, tokenizer=tokenizer, **options)
+
+
+def _opened(
+    model: nn.Module | str | os.PathLike[str], format: str, trust_remote_code: bool, is_run: bool
+) -> tuple[nn.Module, ReadRows | None]:
+    """A model with its values; or one without, and the function that reads them. is_run: it must have its values."""
+    if isinstance(model, nn.Module):
+        return model, None
+    if is_streaming(format) and not is_run and not Path(model).is_file():
+        stored = open_folder(model)
+        unread = open_unread(stored, trust_remote_code)
+        if not isinstance(unread, str):
+            return unread.model, unread.read
+        log.info("%s: %s; loading the whole model instead of some rows at a time", stored.path, unread)
+    return load(model, trust_remote_code=trust_remote_code).eval(), None
 
 
 def _loaded(tokenizer: Any, trust_remote_code: bool = False) -> Any:

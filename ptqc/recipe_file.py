@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ptqc.errors import PtqcError
+from ptqc.errors import PtqcError, first_line
 
 __all__ = ["KEYS", "Row", "check_keys", "read_rows"]
 
@@ -59,6 +59,8 @@ def read_rows(path: Path) -> list[Row]:
         raise PtqcError(f"cannot read the recipe {path}: {error}".splitlines()[0]) from None
     except yaml.YAMLError as error:
         raise PtqcError(f"cannot read the recipe {path}: {_yaml_reason(error)}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists thousands deep
+        raise PtqcError(f"cannot read the recipe {path}: {first_line(error)}") from None
     if not isinstance(node, yaml.SequenceNode):
         line = 1 if node is None else node.start_mark.line + 1
         raise PtqcError(

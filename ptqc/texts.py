@@ -133,7 +133,7 @@ def _read_jsonl(path: Path, column: str) -> list[Document]:
 def _field(path: Path, number: int, line: str, column: str) -> Document:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PtqcError(f"{path}, line {number} is no JSON: {error}") from None
     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
     value = row.get(_column(row, column)) if isinstance(row, dict) else None

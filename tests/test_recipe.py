@@ -85,6 +85,9 @@ def test_rows_of_a_file_hold_transforms_activations_and_options(tmp_path):
         ("- {pattern: a, method: rtn, activation: int9}", "line 1: 'int9' is no activation spec"),
         ("- {pattern: a, method: none, transforms: turning}", "line 1: a weight that stays in float"),
         ("- {pattern: a, method: rtn, options: {x: 1}}", "line 1: method 'rtn' has no option x"),
+        ("- {pattern: a, method: {name: gptq, damp: {}}}", "line 1: method 'gptq' cannot be made with {'damp'"),
+        ("[" * 5000, "cannot read the recipe .*recursion"),
+        ("- {pattern: a, bits: 1" + "0" * 5000 + "}", "cannot read the recipe .*: Exceeds the limit"),
     ],
 )
 def test_broken_files_name_the_line(tmp_path, text, says):

@@ -69,6 +69,7 @@ def test_parquet_is_a_document_a_row(tmp_path):
         ("a.txt", b"\xff\xfe\x00", "no UTF-8 text: byte 0"),
         ("a.txt", b" \n ", "holds no text"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 is no JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
         ("a.jsonl", b'{"body": "a"}', r"no text in 'text' \(found: body\)"),
         ("a.jsonl", b"[1]", r"found: list"),
         ("a.parquet", b"not a parquet file", "no parquet file"),

@@ -11,8 +11,8 @@ import torch
 
 from ptqc.attention import AttentionRequest
 from ptqc.codegen.cpp.epilogue import EXPONENTIAL
-from ptqc.codegen.cpp.isa import Isa
-from ptqc.codegen.cpp.source import MEMORY, NUMBERS, vector_types
+from ptqc.codegen.cpp.isa import Isa, vectors
+from ptqc.codegen.cpp.source import MEMORY, NUMBERS
 
 __all__ = ["SIZES", "attention_source"]
 
@@ -204,6 +204,6 @@ def attention_source(request: AttentionRequest, isa: Isa) -> str:
         arguments=", ".join(f"sizes[{index}]" for index in range(len(SIZES))),
     )  # fmt: skip
     return "".join((
-        vector_types(isa), f"static const vi LANES = {{{lanes}}};\n", isa.functions, MEMORY, NUMBERS[request.dtype],
-        EXPONENTIAL, text,
+        "#include <omp.h>\n", vectors(isa.lanes), f"static const vi LANES = {{{lanes}}};\n", isa.functions, MEMORY,
+        NUMBERS[request.dtype], EXPONENTIAL, text,
     ))  # fmt: skip

@@ -1,6 +1,9 @@
 """The vector instructions of each CPU behind a few small functions; all else is written in GCC's vector types.
 
     from_half, to_half      a vector of float16 in memory, to and from float
+    fused                   a * b + c, rounded once or twice: for products that are exact
+    least, greatest         of two vectors of float that are not NaN
+    scaled, pairs           of two vectors of int16: products over 2^15, rounded; sums of the products of neighbours
     shuffle                 table[index] for 16 bytes, index below 16
     gather                  table[index] for 16 floats
     Sum, none, dot, total   sum of products of four weights (bytes) with four inputs (int8), per lane
@@ -15,12 +18,35 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ISAS", "Isa", "cpu_flags", "running_isa"]
+__all__ = ["ISAS", "Isa", "cpu_flags", "running_isa", "vectors"]
 
+_VECTORS = """\
+#include <cstdint>
+#include <cstring>
+#define UNROLL _Pragma("GCC unroll 32")
+constexpr int L = {lanes};
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef uint8_t vb __attribute__((vector_size(4 * L)));
+typedef int16_t vs __attribute__((vector_size(4 * L)));
+typedef uint16_t vh __attribute__((vector_size(4 * L)));
+typedef int8_t vc __attribute__((vector_size(L)));
+typedef uint16_t vw __attribute__((vector_size(2 * L)));
+template <class V> static inline V load(const void *p) {{ V v; memcpy(&v, p, sizeof v); return v; }}
+template <class V> static inline void store(void *p, V v) {{ memcpy(p, &v, sizeof v); }}
+static inline vf spread(float x) {{ return vf{{{x}}}; }}
+static inline vi spread(int32_t x) {{ return vi{{{x}}}; }}
+"""
 _AVX2 = """\
 #include <immintrin.h>
 static inline vf from_half(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 static inline void to_half(uint16_t *p, vf v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, 0)); }
+static inline vs scaled(vs a, vs b) { return (vs)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
+static inline vi pairs(vs a, vs b) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+static inline vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vf least(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf greatest(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline vb shuffle(vb table, vb index) { return (vb)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
 static inline vf gather(const float *table, vi index) {
     __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
@@ -32,6 +58,11 @@ _AVX512 = """\
 #include <immintrin.h>
 static inline vf from_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline void to_half(uint16_t *p, vf v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0)); }
+static inline vs scaled(vs a, vs b) { return (vs)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
+static inline vi pairs(vs a, vs b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+static inline vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline vf least(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vf greatest(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline vb shuffle(vb table, vb index) { return (vb)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
 static inline vf gather(const float *table, vi index) {
     return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
@@ -41,6 +72,14 @@ _NEON = """\
 #include <arm_neon.h>
 static inline vf from_half(const uint16_t *p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void to_half(uint16_t *p, vf v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v))); }
+static inline vs scaled(vs a, vs b) { return (vs)vqrdmulhq_s16((int16x8_t)a, (int16x8_t)b); }
+static inline vi pairs(vs a, vs b) {
+    int16x8_t one = (int16x8_t)a, other = (int16x8_t)b;
+    return (vi)vpaddq_s32(vmull_s16(vget_low_s16(one), vget_low_s16(other)), vmull_high_s16(one, other));
+}
+static inline vf fused(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline vf least(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+static inline vf greatest(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 static inline vb shuffle(vb table, vb index) { return (vb)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index); }
 """
 _PLAIN_GATHER = """\
@@ -51,6 +90,19 @@ __attribute__((noinline)) static vf gather(const float *table, vi index) {
 }
 """
 _PLAIN = """\
+static inline vs scaled(vs a, vs b) {
+    vs v;
+    for (int i = 0; i < 2 * L; i++) v[i] = (a[i] * b[i] + (1 << 14)) >> 15;
+    return v;
+}
+static inline vi pairs(vs a, vs b) {
+    vi v;
+    for (int i = 0; i < L; i++) v[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return v;
+}
+static inline vf fused(vf a, vf b, vf c) { return a * b + c; }
+static inline vf least(vf a, vf b) { return a < b ? a : b; }
+static inline vf greatest(vf a, vf b) { return a > b ? a : b; }
 static inline vf from_half(const uint16_t *p) {  // exponents moved by a product, so that subnormals come out right
     vi bits;
     for (int i = 0; i < L; i++) bits[i] = p[i];
@@ -176,6 +228,11 @@ ISAS: dict[str, Isa] = {
     )
 }  # fmt: skip
 """From the best to what every CPU has."""
+
+
+def vectors(lanes: int) -> str:
+    """The text that names vectors of so many lanes of 32 bits; the functions of an `Isa` follow it."""
+    return _VECTORS.format(lanes=lanes, x=", ".join(["x"] * lanes))
 
 
 @cache

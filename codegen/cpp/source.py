@@ -6,7 +6,7 @@ import torch
 
 from ptqc.codegen.cpp.blocks import Blocks
 from ptqc.codegen.cpp.epilogue import FUNCTIONS, epilogue
-from ptqc.codegen.cpp.isa import Isa
+from ptqc.codegen.cpp.isa import Isa, vectors
 from ptqc.codegen.cpp.layout import Layout
 from ptqc.codegen.cpp.levels import Level, exact_level, integer_level
 from ptqc.codegen.cpp.prologue import float_rows, integer_rows
@@ -14,27 +14,8 @@ from ptqc.codegen.cpp.tiles import float_tile, integer_tile, level_bytes, number
 from ptqc.fusions import narrows
 from ptqc.requests import KernelRequest
 
-__all__ = ["MEMORY", "NUMBERS", "WRITE", "Plan", "plan", "source", "vector_types"]
+__all__ = ["MEMORY", "NUMBERS", "WRITE", "Plan", "plan", "source"]
 
-_TYPES = """\
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
-#define UNROLL _Pragma("GCC unroll 32")
-constexpr int L = {lanes};
-typedef float vf __attribute__((vector_size(4 * L)));
-typedef int32_t vi __attribute__((vector_size(4 * L)));
-typedef uint32_t vu __attribute__((vector_size(4 * L)));
-typedef uint8_t vb __attribute__((vector_size(4 * L)));
-typedef int16_t vs __attribute__((vector_size(4 * L)));
-typedef uint16_t vh __attribute__((vector_size(4 * L)));
-typedef int8_t vc __attribute__((vector_size(L)));
-typedef uint16_t vw __attribute__((vector_size(2 * L)));
-template <class V> static inline V load(const void *p) {{ V v; memcpy(&v, p, sizeof v); return v; }}
-template <class V> static inline void store(void *p, V v) {{ memcpy(p, &v, sizeof v); }}
-static inline vf spread(float x) {{ return vf{{{x}}}; }}
-static inline vi spread(int32_t x) {{ return vi{{{x}}}; }}
-"""
 MEMORY = """\
 struct Operand { const void *data; long kind; };  // 0: float32, 1: float16, 2: bfloat16, 3: int32
 template <int KIND> static inline vf read_full(const void *p, long at) {
@@ -187,11 +168,6 @@ def plan(request: KernelRequest, isa: Isa) -> Plan | str:
     return Plan(request, isa, level, layout, is_float, "none" if has_one_scale else "f32" if request.exact else "f16")
 
 
-def vector_types(isa: Isa) -> str:
-    """The types of vectors, with what every text needs of them."""
-    return _TYPES.format(lanes=isa.lanes, x=", ".join(["x"] * isa.lanes))
-
-
 def source(plan: Plan) -> str:
     """The C++ text of a kernel; shapes are arguments of the call, so weights of one spec share it."""
     request, isa, level = plan.request, plan.isa, plan.level
@@ -216,7 +192,7 @@ def source(plan: Plan) -> str:
         product = narrow + level_bytes(level, layout.is_signed) + integer_rows(request.prologue, request.act, before)
         tile = integer_tile(plan.scale, plan.has_offset)
     return "".join((
-        vector_types(isa),
+        "#include <omp.h>\n", vectors(isa.lanes),
         *(f"constexpr int {name} = {value};\n" for name, value in constants.items()),
         "#define PREFETCH(p) __builtin_prefetch((p) + 1024)\n",
         isa.functions, MEMORY, NUMBERS[request.dtype], WRITE, _JOB, FUNCTIONS, product,
@@ -227,10 +203,10 @@ def source(plan: Plan) -> str:
 def _loops(isa: Isa) -> str:
     """Rows in steps of the tallest tile, then of the lower ones; each over the columns of the widest."""
     lines = []
-    for rows, vectors in isa.tiles:
+    for rows, width in isa.tiles:
         tiles = "".join(
-            f" tile<{rows}, {vectors}>(job, m, column + {at * isa.lanes});"
-            for at in range(0, isa.columns // isa.lanes, vectors)
+            f" tile<{rows}, {width}>(job, m, column + {at * isa.lanes});"
+            for at in range(0, isa.columns // isa.lanes, width)
         )
         lines.append(f"    for (; m + {rows} <= end; m += {rows}) {{{tiles} }}\n")
     return "".join(lines)

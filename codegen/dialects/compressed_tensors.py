@@ -191,7 +191,8 @@ class CompressedTensors:
 
     def _describe_packed(self, name: str, entries: Entries, dtype: torch.dtype) -> QuantTensor:
         packed, scale, shape_entry = needed(entries, name, "weight_packed", "weight_scale", "weight_shape")
-        shape = tuple(shape_entry.read().tolist()) if shape_entry.shape == (2,) else ()
+        is_pair = shape_entry.shape == (2,) and shape_entry.dtype in (torch.int32, torch.int64)
+        shape = tuple(shape_entry.read().tolist()) if is_pair else ()
         if packed.dtype != torch.int32 or len(packed.shape) != 2 or len(shape) != 2 or len(scale.shape) != 2:
             raise damaged(name, "weight_packed and weight_scale are no matrices with a weight_shape of two numbers")
         (out_features, in_features), (rows, words) = shape, packed.shape

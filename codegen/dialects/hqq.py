@@ -201,7 +201,8 @@ def _unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 def _numbers(name: str, entries: Entries, tail: str) -> list[int]:
     (entry,) = needed(entries, name, tail)
-    if entry.dtype.is_floating_point or int(torch.Size(entry.shape).numel()) > 8:
+    is_whole = not entry.dtype.is_floating_point and not entry.dtype.is_complex
+    if not is_whole or int(torch.Size(entry.shape).numel()) > 8:
         raise damaged(name, f"{tail} is {entry.dtype} {list(entry.shape)}, no whole number")
     return [int(value) for value in entry.read().flatten().tolist()]
 

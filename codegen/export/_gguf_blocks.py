@@ -4,8 +4,9 @@ A row of a tensor is cut into blocks of `weights` numbers, each stored in `nbyte
 store codes are rows of `_SEARCHES`: a spec (which says what the codes mean) and how to search scales; where the bits go
 is the table of `_gguf_layouts`. Q8_0 needs no search: its steps are finer than anything a scale could win.
 
-NumPy, not torch: these are long chains of small operations, run by a thread pool on pieces that fit the cache, and
-torch's own threads make them 4 to 30 times slower on a busy machine (two cores, November 2026).
+This is what the types mean; large weights are encoded by the same in C++ (`_gguf_native`). NumPy, not torch: these are
+long chains of small operations, run by a thread pool on pieces that fit the cache, and torch's own threads make them
+4 to 30 times slower on a busy machine (two cores, November 2026).
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_layouts import LAYOUTS, Fields, Layout
+from ptqc.codegen.export._gguf_quick import QuickSearch
 from ptqc.codegen.export._gguf_search import Search, largest_magnitude
 from ptqc.spec import KNOWN_SPECS, WeightSpec
 
@@ -33,7 +35,8 @@ class BlockType:
 
     encode: finite float32 [rows, columns], and the importance [columns] of the columns or None -> bytes
     [rows, columns / weights * nbytes]. largest: the greatest magnitude it takes, with room for every scale that a
-    search may try. spec, layout: of its codes, None for floats. exact_for: float types whose every value it stores.
+    search may try. spec, layout: of its codes, None for floats. search: for its scales, if there is one; quick: what is
+    done instead without importance. exact_for: float types whose every value it stores.
     """
 
     name: str
@@ -43,6 +46,8 @@ class BlockType:
     encode: Callable[[Floats, Floats | None], Bytes]
     spec: WeightSpec | None = None
     layout: Layout | None = None
+    search: Search | None = None
+    quick: QuickSearch | None = None
     exact_for: frozenset[torch.dtype] = frozenset()
 
     @property
@@ -87,22 +92,24 @@ def encode_q8_0(rows: Floats, importance: Floats | None = None) -> Bytes:
 
 def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
     """Levels near `peak` (evenly, both ways), itself first."""
-    return peak, *(peak + reach * (2 * step / (steps - 1) - 1) for step in range(steps))
+    return peak, *(peak + reach * (2 * step / (steps - 1) - 1) for step in range(steps) if 2 * step != steps - 1)
 
 
 _FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
-_NARROW = ((0.0, 0.0), (-0.4, -0.4), (-0.2, -0.2), (0.3, 0.3), (0.6, 0.0), (0.0, 0.6), (0.6, 0.6))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
+_FEW = ((0.0, 0.0), (0.4, 0.4), (0.5, -0.2), (-0.2, 0.5))
+_STEPS = (-0.5, -0.1, 0.3, 0.7)
+_SOME = tuple((below, above) for below in _STEPS for above in _STEPS if not {below, above} <= {_STEPS[0], _STEPS[-1]})
 
 _SEARCHES: dict[str, Search] = {
     "Q4_0": Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 9), 7.0)),
-    "Q4_1": Search(KNOWN_SPECS["q4_1"], ends=_NARROW),
+    "Q4_1": Search(KNOWN_SPECS["q4_1"], ends=_SOME),
     "Q5_0": Search(KNOWN_SPECS["q5_0"], peaks=(*_around(-16, 1.2, 9), 15.0)),
     "Q5_1": Search(KNOWN_SPECS["q5_1"], ends=_FINE),
     "Q2_K": Search(KNOWN_SPECS["q2_K"], ends=_WIDE, turns=4),
     "Q3_K": Search(KNOWN_SPECS["q3_K"], peaks=(*_around(-4, 0.8, 8), 3.0, 3.4)),
-    "Q4_K": Search(KNOWN_SPECS["q4_K"], ends=_NARROW),
-    "Q5_K": Search(KNOWN_SPECS["q5_K"], ends=_NARROW),
+    "Q4_K": Search(KNOWN_SPECS["q4_K"], ends=_SOME),
+    "Q5_K": Search(KNOWN_SPECS["q5_K"], ends=_SOME),
     "Q6_K": Search(KNOWN_SPECS["q6_K"], peaks=(*_around(-32, 1.2, 6), 31.0)),
     "IQ4_NL": Search(KNOWN_SPECS["iq4_nl"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
     "IQ4_XS": Search(KNOWN_SPECS["iq4_xs"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
@@ -111,15 +118,23 @@ _SEARCHES: dict[str, Search] = {
 }
 
 
-def _searched(name: str, search: Search) -> BlockType:
+_QUICK: dict[str, QuickSearch] = {
+    "Q4_0": QuickSearch(Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 7), 7.0))),
+    "Q4_1": QuickSearch(Search(KNOWN_SPECS["q4_1"], ends=_FEW)),
+    "Q5_0": QuickSearch(_SEARCHES["Q5_0"]),
+    "Q5_1": QuickSearch(Search(KNOWN_SPECS["q5_1"], ends=_SOME)),
+}
+
+
+def _searched(name: str, search: Search, quick: QuickSearch | None) -> BlockType:
     layout = LAYOUTS[name]
 
     def encode(rows: Floats, importance: Floats | None = None) -> Bytes:
-        return layout.pack(search.run(rows, importance)).reshape(len(rows), -1)
+        fields = quick.run(rows) if quick is not None and importance is None else search.run(rows, importance)
+        return layout.pack(fields).reshape(len(rows), -1)
 
-    return BlockType(
-        name, layout.weights, layout.nbytes, largest_magnitude(search.spec), encode, search.spec, layout
-    )
+    largest = largest_magnitude(search.spec)
+    return BlockType(name, layout.weights, layout.nbytes, largest, encode, search.spec, layout, search, quick)
 
 
 TYPES: dict[str, BlockType] = {
@@ -132,7 +147,7 @@ TYPES: dict[str, BlockType] = {
         BlockType("F16", 1, 2, _HALF_MAX, encode_f16, exact_for=frozenset({torch.float16})),
         BlockType("BF16", 1, 2, torch.finfo(torch.bfloat16).max, encode_bf16, exact_for=frozenset({torch.bfloat16})),
         BlockType("Q8_0", 32, 34, 127 * _HALF_MAX, encode_q8_0, KNOWN_SPECS["q8_0"], LAYOUTS["Q8_0"]),
-        *(_searched(name, search) for name, search in _SEARCHES.items()),
+        *(_searched(name, search, _QUICK.get(name)) for name, search in _SEARCHES.items()),
     )
 }  # fmt: skip
 """Tensor types by their GGUF names."""

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 import transformers
 from gguf import GGUFValueType, Keys
 
-from ptqc.codegen.export._gguf_architectures import ARCHITECTURES, Architecture
+from ptqc.codegen.export._gguf_architectures import ARCHITECTURES
+from ptqc.codegen.export._gguf_family import Architecture
 from ptqc.codegen.export._gguf_parse import Contents
 from ptqc.codegen.export._gguf_rotary import rotary_factors
 from ptqc.errors import CheckpointError
@@ -17,7 +20,11 @@ from ptqc.errors import CheckpointError
 __all__ = ["configuration"]
 
 _EMBEDDING, _HEAD, _ROTARY = "token_embd.weight", "output.weight", "rope_freqs.weight"
-_SPECIAL = {"bos_token_id": Keys.Tokenizer.BOS_ID, "eos_token_id": Keys.Tokenizer.EOS_ID}
+_SPECIAL = {
+    "bos_token_id": Keys.Tokenizer.BOS_ID,
+    "eos_token_id": Keys.Tokenizer.EOS_ID,
+    "pad_token_id": Keys.Tokenizer.PAD_ID,
+}
 
 
 def configuration(contents: Contents) -> tuple[Architecture, Any]:
@@ -26,7 +33,7 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     Raises: CheckpointError for an architecture that is not known, or metadata that do not describe one.
     """
     name = contents.metadata.get(Keys.General.ARCHITECTURE)
-    kinds = [kind for kind, row in ARCHITECTURES.items() if row.name == name]
+    kinds = sorted((kind for kind, row in ARCHITECTURES.items() if row.name == name), key=partial(_silence, contents))
     if not kinds:
         known = ", ".join(sorted({row.name for row in ARCHITECTURES.values()}))
         raise CheckpointError(f"{contents.path} is of architecture {name!r}; those that can be read: {known}")
@@ -34,17 +41,24 @@ def configuration(contents: Contents) -> tuple[Architecture, Any]:
     settings = _settings(contents, architecture)
     _check_layers(contents, settings)
     settings |= {row: contents.metadata.get(key) for row, key in _SPECIAL.items()}
-    settings |= {name: value for name, value in architecture.fixed.items() if not callable(value)}
-    settings |= _from_tensors(contents)
-    if "query_pre_attn_scalar" in architecture.fixed:
-        settings["query_pre_attn_scalar"] = settings.get("head_dim")
-    settings["rope_parameters"] = _rotary(contents, architecture, settings)
+    if architecture.is_rotated:
+        settings["rope_parameters"] = _rotary(contents, architecture, settings)
     try:
+        said = SimpleNamespace(**settings)
+        settings |= {key: rule(said) if callable(rule) else rule for key, rule in architecture.fixed.items()}
+        settings |= _from_tensors(contents)
         config = transformers.AutoConfig.for_model(kinds[0], **settings)
     except Exception as error:  # hostile values fail anywhere in transformers, in any way
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{contents.path} describes no {name} model: {reason}") from error
     return architecture, _with_factors(config, contents)
+
+
+def _silence(contents: Contents, kind: str) -> int:
+    """Less for families whose keys the file has: experts, sliding windows."""
+    architecture = ARCHITECTURES[kind]
+    values = [contents.metadata.get(field.key.format(arch=architecture.name)) for field in architecture.fields]
+    return -sum(isinstance(value, (int, float)) and value != 0 for value in values)
 
 
 _UNBOUNDED = frozenset({"max_position_embeddings", "sliding_window", "num_hidden_layers"})
@@ -82,12 +96,15 @@ def _check_layers(contents: Contents, settings: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{contents.path} announces {said} layers and holds tensors of {layers}")
 
 
+_QUERY_BIASES = frozenset({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"})
+
+
 def _from_tensors(contents: Contents) -> dict[str, Any]:
     """Settings that show in which tensors there are."""
     return {
-        "attention_bias": bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & contents.tensors.keys()),
-        "mlp_bias": "blk.0.ffn_down.bias" in contents.tensors,
-        "use_bias": "blk.0.ffn_down.bias" in contents.tensors,
+        **dict.fromkeys(("attention_bias", "use_qkv_bias"), bool(_QUERY_BIASES & contents.tensors.keys())),
+        **dict.fromkeys(("mlp_bias", "use_bias"), "blk.0.ffn_down.bias" in contents.tensors),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in contents.tensors,
     }
 
 

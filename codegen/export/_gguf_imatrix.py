@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptqc.codegen.export._gguf_architectures import Placement
 from ptqc.codegen.export._gguf_parse import parse
+from ptqc.codegen.export._gguf_placement import Placement
 from ptqc.errors import CheckpointError, ExportError
 
 __all__ = ["importance_by_tensor", "read_imatrix", "write_imatrix"]
@@ -41,26 +41,30 @@ def importance_by_tensor(source: Source, placed: Sequence[Placement]) -> tuple[d
     if source is None:
         return {}, ()
     if isinstance(source, (str, os.PathLike)):
-        given, key = read_imatrix(source), {at.stored_name: at.stored_name for at in placed}
+        given, names = read_imatrix(source), {at.stored_name: at.stored_name for at in placed}
     else:
         given = {name: np.asarray(value.detach().float().cpu().numpy()) for name, value in source.items()}
-        key = {at.name: at.stored_name for at in placed}
-    found = {key[name]: value.reshape(-1) for name, value in given.items() if name in key}
+        names = {at.stored_name: at.name for at in placed}
+    found = {stored: given[name].reshape(-1) for stored, name in names.items() if name in given}
     if not found:
-        known = next(iter(key), "none")
+        known = next(iter(names.values()), "none")
         raise ExportError(
             f"the importance names {next(iter(given), 'nothing')} ..., none of which this model has; its weights are "
             f"called {known} ..."
         )
-    lost = [name for name in given if name not in key]
+    lost = sorted(given.keys() - names.values())
     return found, (f"{len(lost)} entries of the importance have no tensor here: {lost[0]} ...",) if lost else ()
 
 
 def write_imatrix(path: str | os.PathLike[str], importance: Mapping[str, Tensor | Floats], rows: int = 1) -> None:
-    """Write importance [in] by GGUF name, in the older format if the path ends in .dat. rows: that it is a mean of."""
+    """Write importance [in], or [experts, in], by GGUF name, in the older format if the path ends in .dat.
+
+    rows: that it is a mean of.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
-    values = {name: np.ascontiguousarray(value, dtype=np.float32).reshape(-1) for name, value in importance.items()}
+    given = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in importance.items()}
+    values = {name: value.reshape(-1, value.shape[-1]) for name, value in given.items()}
     try:
         (_write_dat if target.suffix == ".dat" else _write_gguf)(temporary, values, rows)
         os.replace(temporary, target)
@@ -94,8 +98,8 @@ def _write_gguf(path: Path, values: Mapping[str, Floats], rows: int) -> None:
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", rows)
     for name in sorted(values):
-        writer.add_tensor(name + _SUMS, values[name][None] * np.float32(rows))
-        writer.add_tensor(name + _COUNTS, np.full((1, 1), rows, np.float32))
+        writer.add_tensor(name + _SUMS, values[name] * np.float32(rows))
+        writer.add_tensor(name + _COUNTS, np.full((len(values[name]), 1), rows, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -115,7 +119,8 @@ def _read_gguf(path: Path) -> dict[str, Floats]:
         experts = counts.size
         if experts == 0 or sums.size % experts:
             raise CheckpointError(f"{path} has {sums.size} sums for {experts} counts of {weight}; make it again")
-        means = sums.reshape(experts, -1) / np.maximum(counts.reshape(experts, 1), 1)
+        with np.errstate(all="ignore"):  # what is no number is refused below
+            means = sums.reshape(experts, -1) / np.maximum(counts.reshape(experts, 1), 1)
         # An expert that saw nothing: all its channels count alike.
         found[weight] = np.where(counts.reshape(experts, 1) > 0, means, 1).reshape(-1).astype(np.float32)
     if not found:

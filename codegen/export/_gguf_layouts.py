@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LAYOUTS", "Fields", "Layout", "Plane"]
+__all__ = ["LAYOUTS", "RUNS_OF_DIGITS", "Fields", "Layout", "Plane"]
 
 Bytes = NDArray[np.uint8]
 Halves = NDArray[np.float16]
@@ -31,6 +31,12 @@ class Fields:
     codes: Bytes
     floats: Halves
     scales: Bytes
+
+    @property
+    def first_half(self) -> "Fields":
+        """The first of two rows of blocks."""
+        middle = len(self.codes) // 2
+        return Fields(self.codes[:middle], self.floats[:middle], self.scales[:middle])
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Digits:
     unpack: Callable[[Bytes], Bytes]
 
 
-_RUNS = ((0, 32, 5), (160, 16, 5), (240, 4, 4))
+RUNS_OF_DIGITS = ((0, 32, 5), (160, 16, 5), (240, 4, 4))
 """TQ1_0: (first entry, bytes, digits in a byte)."""
 _PLACES = np.array([81, 27, 9, 3, 1], np.uint16)
 
@@ -131,7 +137,7 @@ _PLACES = np.array([81, 27, 9, 3, 1], np.uint16)
 def _pack_base3(codes: Bytes) -> Bytes:
     """Ternary digits as a fraction of 243, scaled to 256 and rounded up: multiplying by 3 shifts a digit out."""
     packed = []
-    for first, run, digits in _RUNS:
+    for first, run, digits in RUNS_OF_DIGITS:
         entries = codes[:, first : first + run * digits].reshape(len(codes), digits, run).astype(np.uint16)
         number = (entries * _PLACES[:digits, None]).sum(axis=1, dtype=np.uint16)
         packed.append(((number * 256 + 242) // 243).astype(np.uint8))
@@ -140,7 +146,7 @@ def _pack_base3(codes: Bytes) -> Bytes:
 
 def _unpack_base3(packed: Bytes) -> Bytes:
     found, start = [], 0
-    for _, run, digits in _RUNS:
+    for _, run, digits in RUNS_OF_DIGITS:
         source = packed[:, None, start : start + run]
         shifted = source * np.array([1, 3, 9, 27, 81], np.uint8)[:digits, None]  # modulo 256
         found.append((shifted.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(packed), -1))

@@ -22,64 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_layouts import Fields
+from ptqc.codegen.export._gguf_levels import HALF_MAX, TINY, Levels, half, inverse, whole
 from ptqc.spec import WeightSpec
 
-__all__ = ["Search", "largest_magnitude"]
+__all__ = ["PEAKS_OF_SCALES", "Fit", "Search", "Sums", "largest_magnitude", "solve"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-
-_HALF_MAX = np.float32(65504)
-_TINY = np.float32(2**-120)
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Integers low..high, or a table of integers (whose neighbours are at least 1 apart); code = place in order."""
-
-    low: int
-    high: int
-    table: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(spec: WeightSpec) -> "Levels":
-        """The levels of a spec's codes."""
-        if spec.book is None:
-            low = -(2 ** (spec.bits - 1)) if spec.is_symmetric else 0
-            return Levels(low, low + 2**spec.bits - 1)
-        table = tuple(int(level) for level in spec.book.levels)
-        is_plain = table == tuple(range(table[0], table[0] + len(table)))
-        return Levels(table[0], table[-1], () if is_plain else table)
-
-    def nearest(self, values: Floats) -> Floats:
-        """Round to levels, in place."""
-        if not self.table:
-            np.rint(values, out=values)
-            return np.clip(values, np.float32(self.low), np.float32(self.high), out=values)
-        return np.take(self._places[1], self._place(values), out=values)
-
-    def codes(self, values: Floats) -> Bytes:
-        """Codes of the nearest levels; `values` are used up."""
-        if not self.table:
-            levels = self.nearest(values)
-            levels -= np.float32(self.low)
-            return levels.astype(np.uint8)
-        return self._places[0][self._place(values)]
-
-    def _place(self, values: Floats) -> NDArray[np.intp]:
-        """Half steps from the lowest level: midpoints between integers are edges of these."""
-        values -= np.float32(self.low)
-        values *= np.float32(2)
-        np.clip(values, np.float32(0), np.float32(2 * (self.high - self.low)), out=values)
-        return values.astype(np.intp)
-
-    @property
-    def _places(self) -> tuple[Bytes, Floats]:
-        """Code and level by place."""
-        table = np.array(self.table, np.float32)
-        middles = self.low + np.arange(2 * (self.high - self.low) + 1, dtype=np.float32) / 2 + np.float32(0.25)
-        codes = np.abs(middles[:, None] - table).argmin(1).astype(np.uint8)
-        return codes, table[codes]
 
 
 @dataclass(frozen=True)
@@ -107,6 +56,29 @@ class Sums:
             gain -= fit.minimum * (2 * (self.w - fit.scale * self.l) + fit.minimum * self.one)
         return gain
 
+    def replace(self, other: "Sums", chosen: NDArray[np.bool_]) -> None:
+        """Take over the other's sums of levels where chosen; those without levels are the same."""
+        for mine, its in ((self.wl, other.wl), (self.ll, other.ll), (self.l, other.l)):
+            if mine is not None and its is not None:
+                np.copyto(mine, its, where=chosen)
+
+
+def solve(sums: Sums, is_nested: bool) -> Fit:
+    """The best scale and minimum for given levels; nested, a minimum below zero becomes zero."""
+    plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, TINY))
+    if sums.l is None or sums.w is None or sums.one is None:
+        return Fit(plain, None)
+    determinant = sums.one * sums.ll - sums.l * sums.l
+    is_even = determinant > np.float32(1e-6) * sums.one * sums.ll  # otherwise all levels are the same
+    over = np.divide(1, determinant, out=np.zeros_like(determinant), where=is_even)
+    scale = (sums.one * sums.wl - sums.l * sums.w) * over
+    minimum: Floats = (sums.l * scale - sums.w) / sums.one
+    if is_nested:
+        scale = _pick((minimum > 0) & is_even, scale, plain)
+        minimum = _pick(is_even, np.maximum(minimum, 0), 0 * minimum)
+        minimum = _pick((sums.ll == 0) & (sums.w < 0), -sums.w / sums.one, minimum)
+    return Fit(scale, minimum)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -121,18 +93,36 @@ class Search:
     ends: tuple[tuple[float, float], ...] = ()
     turns: int = 3
 
+    @property
+    def candidates(self) -> tuple[tuple[np.float32, np.float32], ...]:
+        """Factor and offset that put the unit interval (with minimum), or the weights over the largest, on levels."""
+        top = np.float32(Levels.of(self.spec).high)
+        ends = [(top + np.float32(below + above), np.float32(below)) for below, above in self.ends]
+        return tuple(ends or [(np.float32(peak), np.float32(0)) for peak in self.peaks])
+
+    @property
+    def range_of_scales(self) -> tuple[int, int]:
+        """The integers that hold the scales of groups; (0, 0) where these are floats."""
+        scale = self.spec.scale
+        if scale.bits is None:
+            return 0, 0
+        low = -(2 ** (scale.bits - 1)) if scale.signed else 0
+        return low, low + 2**scale.bits - 1
+
     def run(self, weights: Floats, importance: Floats | None) -> Fields:
         """Encode rows [rows, columns] of whole superblocks. importance: [columns], positive, or None."""
+        if len(weights) == 1:  # NumPy would add up a lone row in another order
+            return self.run(np.repeat(weights, 2, axis=0), importance).first_half
         group, per_block = self.spec.group or 1, self.spec.scale.block or 1
         rows = len(weights)
         w = np.ascontiguousarray(weights.T).reshape(-1, group, rows)
         v = np.ones((len(w), group), np.float32) if importance is None else importance.reshape(-1, group)
-        task = _Task(w, np.ascontiguousarray(v), Levels.of(self.spec), self.spec)
+        task = _Task(w, np.ascontiguousarray(v), importance is not None, Levels.of(self.spec), self)
         best = stored = task.stored(task.best_of(self._candidates(task)))
         most: Floats | None = None
         for turn in range(self.turns):
             sums = task.sums(task.levels_at(stored.fit))
-            gain = _per_block(sums.gain(stored.fit), per_block).sum(1, keepdims=True)
+            gain = _sum(_per_block(sums.gain(stored.fit), per_block))[:, None]
             if most is None:
                 most = gain
             else:
@@ -147,81 +137,61 @@ class Search:
         values = np.empty_like(task.w)
         if not self.ends:
             high, low = task.w.max(1, keepdims=True), task.w.min(1, keepdims=True)
-            unit = task.w * _inverse(_pick(-low > high, low, high))
-            for peak in self.peaks:
-                yield np.multiply(unit, np.float32(peak), out=values)
+            unit = task.w * inverse(_pick(-low > high, low, high))
+            for peak, _ in self.candidates:
+                yield np.multiply(unit, peak, out=values)
             return
         low, high = task.w.min(1, keepdims=True), task.w.max(1, keepdims=True)
         if task.is_nested:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
-        top = np.float32(task.levels.high)
-        unit = (task.w - low) * _inverse(high - low)
-        for below, above in self.ends:
-            np.multiply(unit, top + np.float32(below + above), out=values)
-            values -= np.float32(below)
+        unit = (task.w - low) * inverse(high - low)
+        for stretch, shift in self.candidates:
+            np.multiply(unit, stretch, out=values)
+            values -= shift
             yield values
 
 
 class _Task:
     """A tile: weights w [groups, group, rows], and their importance v [groups, group]."""
 
-    def __init__(self, w: Floats, v: Floats, levels: Levels, spec: WeightSpec) -> None:
-        self.w, self.v, self.levels, self.spec = w, v, levels, spec
-        self.is_nested = spec.scale.bits is not None
-        self.has_minimum = spec.zero == "min"
-        self._product, self._values = np.empty_like(w), np.empty_like(w)
-        self._w = self._sum(w) if self.has_minimum else None
-        self._one = v.sum(1, keepdims=True)
+    def __init__(self, w: Floats, v: Floats, is_weighted: bool, levels: Levels, search: Search) -> None:
+        self.w, self.v, self.levels, self.search = w, v[..., None], levels, search
+        self.is_weighted, self.is_nested = is_weighted, search.spec.scale.bits is not None
+        self.has_minimum = search.spec.zero == "min"
+        self._product, self._values, self._counted = np.empty_like(w), np.empty_like(w), np.empty_like(w)
+        self._w = _sum(self._times_importance(w)) if self.has_minimum else None
+        self._one = np.add.accumulate(v, axis=1)[:, -1:]
 
-    def _sum(self, values: Floats) -> Floats:
-        total: Floats = np.matmul(self.v[:, None], values)[:, 0]
-        return total
+    def _times_importance(self, values: Floats) -> Floats:
+        return np.multiply(values, self.v, out=self._counted) if self.is_weighted else values
 
     def sums(self, levels: Floats) -> Sums:
         """The sums for levels [groups, group, rows]."""
-        wl = self._sum(np.multiply(levels, self.w, out=self._product))
-        ll = self._sum(np.multiply(levels, levels, out=self._product))
-        return Sums(wl, ll, self._sum(levels), self._w, self._one) if self.has_minimum else Sums(wl, ll)
-
-    def solve(self, sums: Sums) -> Fit:
-        """The best scale and minimum for given levels; a minimum below zero becomes zero where it cannot be stored."""
-        plain: Floats = np.divide(sums.wl, np.maximum(sums.ll, _TINY))
-        if sums.l is None or sums.w is None or sums.one is None:
-            return Fit(plain, None)
-        determinant = sums.one * sums.ll - sums.l * sums.l
-        is_even = determinant > np.float32(1e-6) * sums.one * sums.ll  # otherwise all levels are the same
-        inverse = np.divide(1, determinant, out=np.zeros_like(determinant), where=is_even)
-        scale = (sums.one * sums.wl - sums.l * sums.w) * inverse
-        minimum: Floats = (sums.l * scale - sums.w) / sums.one
-        if self.is_nested:
-            scale = _pick((minimum > 0) & is_even, scale, plain)
-            minimum = _pick(is_even, np.maximum(minimum, 0), 0 * minimum)
-            minimum = _pick((sums.ll == 0) & (sums.w < 0), -sums.w / sums.one, minimum)
-        return Fit(scale, minimum)
+        counted = self._times_importance(levels)
+        wl = _sum(np.multiply(counted, self.w, out=self._product))
+        ll = _sum(np.multiply(counted, levels, out=self._product))
+        return Sums(wl, ll, _sum(counted), self._w, self._one) if self.has_minimum else Sums(wl, ll)
 
     def best_of(self, candidates: Iterator[Floats]) -> Sums:
         """The sums of the candidate that explains most."""
         best, most = None, None
         for values in candidates:
             sums = self.sums(self.levels.nearest(values))
-            gain = sums.gain(self.solve(sums))
+            gain = sums.gain(solve(sums, self.is_nested))
             if best is None or most is None:
                 best, most = sums, gain
                 continue
-            is_better = gain > most
+            best.replace(sums, gain > most)
             most = np.maximum(gain, most)
-            for mine, its in ((best.wl, sums.wl), (best.ll, sums.ll), (best.l, sums.l)):
-                if mine is not None and its is not None:
-                    np.copyto(mine, its, where=is_better)
         assert best is not None
         return best
 
     def _values_at(self, fit: Fit) -> Floats:
         values = self._values
         if fit.minimum is None:
-            return np.multiply(self.w, _inverse(fit.scale)[:, None], out=values)
+            return np.multiply(self.w, inverse(fit.scale)[:, None], out=values)
         np.add(self.w, fit.minimum[:, None], out=values)
-        values *= _inverse(fit.scale)[:, None]
+        values *= inverse(fit.scale)[:, None]
         return values
 
     def levels_at(self, fit: Fit) -> Floats:
@@ -234,11 +204,10 @@ class _Task:
 
     def stored(self, sums: Sums) -> "Stored":
         """The best scales and minima for given levels, as a file holds them."""
-        fit, scale = self.solve(sums), self.spec.scale
+        fit, scale = solve(sums, self.is_nested), self.search.spec.scale
         if scale.bits is None or scale.block is None:
-            return Stored([_half(fit.scale)] + ([] if fit.minimum is None else [_half(-fit.minimum)]), [])
-        low = -(2 ** (scale.bits - 1)) if scale.signed else 0
-        high = low + 2**scale.bits - 1
+            return Stored([half(fit.scale)] + ([] if fit.minimum is None else [half(-fit.minimum)]), [])
+        low, high = self.search.range_of_scales
         split = (_per_block(fit.scale, scale.block), _per_block(sums.ll, scale.block))
         outer, codes = _nested(*split, low, high)
         if fit.minimum is None or sums.l is None or sums.w is None or sums.one is None:
@@ -246,7 +215,7 @@ class _Task:
         read = (outer * codes).reshape(fit.scale.shape)
         minimum = np.maximum((sums.l * read - sums.w) / sums.one, 0)  # the best for the scales as stored
         split = (_per_block(minimum, scale.block), _per_block(sums.one, scale.block))
-        floor, floor_codes = _nested(*split, 0, high)
+        floor, floor_codes = _nested(*split, 0, high - low)
         return Stored([outer, floor], [codes, floor_codes], low)
 
 
@@ -288,7 +257,7 @@ class Stored:
         )
 
 
-_PEAKS_OF_SCALES = {
+PEAKS_OF_SCALES = {
     15: tuple(1 - step / 45 for step in range(-1, 10)),  # 4 bits
     31: (1.0, 1.01, 0.97, 0.94, 0.91, 0.88),  # 6 bits, signed
     63: (1.0, 1.005, 0.985, 0.97, 0.95),  # 6 bits
@@ -306,37 +275,32 @@ def _nested(scale: Floats, weight: Floats, low: int, high: int) -> tuple[Floats,
     if low < 0:
         smallest = scale.min(1, keepdims=True)
         largest = _pick(-smallest > largest, smallest, largest)
-    unit, counted = scale * _inverse(largest), scale * weight
+    unit, counted = scale * inverse(largest), scale * weight
     best, most = np.zeros_like(largest), np.full_like(largest, -1)
     codes, part = np.empty_like(scale), np.empty_like(scale)
-    for peak in _PEAKS_OF_SCALES[high]:
+    for peak in PEAKS_OF_SCALES[high]:
         np.multiply(unit, np.float32(peak * (low or high)), out=codes)
-        np.rint(codes, out=codes)
-        np.clip(codes, np.float32(low), np.float32(high), out=codes)
-        product = np.multiply(codes, counted, out=part).sum(1, keepdims=True)
+        whole(codes, low, high)
+        product = _sum(np.multiply(codes, counted, out=part))[:, None]
         np.multiply(codes, codes, out=codes)
-        fitted = product / np.maximum(np.multiply(codes, weight, out=part).sum(1, keepdims=True), _TINY)
+        fitted = product / np.maximum(_sum(np.multiply(codes, weight, out=part))[:, None], TINY)
         gain = product * fitted
         is_better = gain > most
         np.copyto(most, gain, where=is_better)
         np.copyto(best, fitted, where=is_better)
-    outer = _half(best)
-    return outer, np.clip(np.rint(scale * _inverse(outer)), np.float32(low), np.float32(high))
+    outer = half(best)
+    return outer, whole(scale * inverse(outer), low, high)
+
+
+def _sum(values: Floats) -> Floats:
+    """[a, n, b] -> [a, b]: one after the other, as b > 1 makes NumPy do it."""
+    total: Floats = np.add.reduce(values, axis=1)
+    return total
 
 
 def _per_block(groups: Floats, per_block: int) -> Floats:
     """[groups, rows] -> [blocks, groups of a block, rows]."""
     return groups.reshape(-1, per_block, groups.shape[-1])
-
-
-def _half(values: Floats) -> Floats:
-    """Rounded to float16."""
-    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float32)
-
-
-def _inverse(values: Floats) -> Floats:
-    """1 / values; 0 for 0 and numbers whose inverse is no float32."""
-    return np.divide(1, values, out=np.zeros_like(values), where=np.abs(values) > _TINY)
 
 
 def _pick(chosen: NDArray[np.bool_], yes: Floats, no: Floats) -> Floats:
@@ -350,4 +314,4 @@ def largest_magnitude(spec: WeightSpec) -> float:
     codes = 1 if spec.scale.bits is None else 2 ** (spec.scale.bits - spec.scale.signed) - 1
     levels = Levels.of(spec)
     reach = 1 if spec.zero == "min" else max(-levels.low, levels.high)
-    return float(_HALF_MAX) * codes * reach / 2
+    return float(HALF_MAX) * codes * reach / 2

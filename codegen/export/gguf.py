@@ -9,6 +9,7 @@ Which type a tensor gets, first match wins:
 Without a request (`quant=None`) every weight gets the smallest type that holds it as it is.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,17 @@ from gguf import MODEL_TENSOR, GGUFValueType, Keys, LlamaFileType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ptqc.codegen.export._gguf_architectures import Metadata, Placement, architecture_of, metadata, placements
+from ptqc.codegen.export._gguf_architectures import architecture_of, metadata
 from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_carry import carried
 from ptqc.codegen.export._gguf_encode import exact_type
+from ptqc.codegen.export._gguf_family import Metadata
 from ptqc.codegen.export._gguf_file import Planned, write_file
 from ptqc.codegen.export._gguf_imatrix import importance_by_tensor
 from ptqc.codegen.export._gguf_mixes import ALIASES, MIXES, Facts, Place, fitting_type, type_in_mix
+from ptqc.codegen.export._gguf_placement import Placement, placements
 from ptqc.codegen.export._gguf_tokenizer import read_vocabulary
-from ptqc.codegen.exporters import EXPORTERS, Written
+from ptqc.codegen.exporters import EXPORTERS, OnProgress, ReadRows, Written
 from ptqc.errors import ExportError
 from ptqc.qtensor import QuantTensor
 
@@ -62,17 +65,27 @@ class GGUF:
             raise ExportError(f"gguf writes no {self.quant!r}; quant may be {', '.join(MIXES)}")
 
     def refuses(self, name: str, weight: Tensor) -> str | None:
-        """Anything but float vectors and matrices."""
+        """Anything but float vectors, matrices and stacks of matrices."""
         if not weight.is_floating_point():
             return f"it holds {weight.dtype}, not floats; dequantize it first"
-        return None if weight.ndim <= 2 else f"it has {weight.ndim} axes, this architecture has none with more than 2"
+        return None if weight.ndim <= 3 else f"it has {weight.ndim} axes, no tensor of a language model has more than 3"
 
     def prepare(self, model: nn.Module, tokenizer: Any) -> Callable[[Path], Written]:
         """See `ptqc.codegen.exporters.Exporter`."""
+        return self.prepare_streamed(model, tokenizer)
+
+    def prepare_streamed(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        read: ReadRows | None = None,
+        on_progress: OnProgress = lambda done, total, name: None,
+    ) -> Callable[[Path], Written]:
+        """See `ptqc.codegen.exporters.StreamingExporter`."""
         architecture = architecture_of(model)
         config: Any = model.config
-        placed = placements(architecture, model)
-        embedding = next((at.weight for at in placed if at.role == MODEL_TENSOR.TOKEN_EMBD), None)
+        placed = placements(architecture, model, read)
+        embedding = next((at for at in placed if at.role == MODEL_TENSOR.TOKEN_EMBD), None)
         if embedding is None:
             raise ExportError(f"{type(model).__name__} has no token embedding, so gguf cannot hold it")
         vocabulary = read_vocabulary(_tokenizer_of(config, tokenizer), embedding.shape[0], self.pre, config)
@@ -86,15 +99,16 @@ class GGUF:
             *metadata(architecture, config),
         ]
         notes = vocabulary.notes + _notes(tensors) + unmatched
-        return lambda path: Written(write_file(path, architecture.name, keys, vocabulary, tensors), notes)
+        return lambda path: Written(write_file(path, architecture.name, keys, vocabulary, tensors, on_progress), notes)
 
     def _planned(self, at: Placement, facts: Facts, importance: NDArray[np.float32] | None) -> Planned:
         """By the rules of this file."""
-        if at.weight.ndim < 2:
+        columns = at.shape[-1]
+        if len(at.shape) < 2:
             return Planned(at, TYPES["F32"])
         if self.quant is None:
-            return Planned(at, TYPES[exact_type(at.weight)], importance)
-        mix, columns = MIXES[ALIASES.get(self.quant, self.quant)], at.weight.shape[-1]
+            return Planned(at, TYPES[exact_type(at.weight, columns)], importance)
+        mix = MIXES[ALIASES.get(self.quant, self.quant)]
         base = TYPES[fitting_type(mix.base, columns)]
         if carried(at.weight, base) is not None:
             return Planned(at, base)
@@ -106,7 +120,7 @@ class GGUF:
             return MIXES[ALIASES.get(self.quant, self.quant)].file_type
         sizes: Counter[str] = Counter()
         for tensor in tensors:
-            sizes[tensor.kind.name] += tensor.at.weight.numel()
+            sizes[tensor.kind.name] += math.prod(tensor.at.shape)
         commonest = sizes.most_common(1)[0][0]
         return next(mix.file_type for mix in MIXES.values() if mix.base == commonest)
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Device", "Dtype", "Model", "TrustRemoteCode", "load_model", "load_tokenizer", "pick_device", "read_tokens"]
+__all__ = [
+    "Device", "Dtype", "Model", "TrustRemoteCode", "be_quiet", "load_model", "load_tokenizer", "pick_device",
+    "read_tokens",
+]  # fmt: skip
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or organisation/name on the hub.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...; auto takes a GPU if there is one.")]
@@ -56,7 +59,7 @@ def load_model(
     wanted = getattr(torch, dtype) if dtype in _DTYPES else None
     if dtype == "auto" and place.type == "cpu":
         wanted = torch.float32
-    _be_quiet()
+    be_quiet()
     return load(source, dtype=wanted, device=place, trust_remote_code=trust_remote_code).eval()
 
 
@@ -88,7 +91,7 @@ def read_tokens(
     return tokenize("\n\n".join(documents), tokenizer, limit), name
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Leave the terminal to our own progress."""
     from transformers.utils import logging
 

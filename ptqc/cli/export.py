@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ptqc.cli._models import Model, TrustRemoteCode, load_model
+from ptqc.cli._models import Model, TrustRemoteCode, be_quiet
 from ptqc.cli._options import Options, read_options
-from ptqc.cli._output import Json, emit, note, progress
+from ptqc.cli._output import Json, emit, progress
 from ptqc.errors import PtqcError
 
 __all__ = ["export"]
@@ -41,7 +41,7 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     is_json: Json = False,
 ) -> None:
-    """Write a model in another format. Formats that are folders are written one tensor at a time."""
+    """Write a model in another format. Folders, and gguf from folders of floats, are written one tensor at a time."""
     from ptqc.exports import export as write
     from ptqc.exports import formats, is_folder
     from ptqc.folders.folder import local_folder
@@ -62,9 +62,9 @@ def export(
     else:
         if out.exists() and not overwrite:
             raise PtqcError(f"{out} exists; add --overwrite or name another file")
-        note(f"loading {model}")
-        loaded = load_model(model, trust_remote_code=trust_remote_code)
-        note(f"writing {out}")
-        report = write(loaded, format, out, tokenizer=str(local_folder(model)), **options)
+        be_quiet()
+        source = model if Path(model).is_file() else local_folder(model)
+        with progress(f"writing {out}", "bytes") as advance:
+            report = write(source, format, out, trust_remote_code=trust_remote_code, on_progress=advance, **options)
     document = asdict(report) | {"path": str(report.path), "quant": quant}
     emit(document, lambda: typer.echo(str(report)), is_json)

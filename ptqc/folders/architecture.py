@@ -1,14 +1,22 @@
 """The transformers architecture that a model folder asks for: its class, and the model without weights."""
 
+import math
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-from ptqc.errors import CheckpointError, first_line
+from ptqc.errors import CheckpointError, PtqcError, first_line
 from ptqc.folders.folder import ModelFolder
 
-__all__ = ["architecture_of", "build_empty", "build_unfilled", "cannot_build", "planned_dtype"]
+__all__ = ["architecture_of", "build_empty", "build_unfilled", "cannot_build", "held_to", "planned_dtype"]
+
+_MOST_CODES = 32
+"""Weights that one number in a file may stand for: a word of codes of one bit."""
 
 
 def architecture_of(stored: ModelFolder, trust_remote_code: bool = False) -> Any:
@@ -67,11 +75,47 @@ def _built(stored: ModelFolder, trust_remote_code: bool, **options: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(stored.path), trust_remote_code=trust_remote_code)
         config.__dict__.pop("quantization_config", None)  # the architecture alone: how it is stored is our business
-        if hasattr(architecture, "_from_config"):
-            return architecture._from_config(config, **options)
-        return architecture.from_config(config, trust_remote_code=trust_remote_code, **options)
+        with held_to(stored):
+            if hasattr(architecture, "_from_config"):
+                return architecture._from_config(config, **options)
+            return architecture.from_config(config, trust_remote_code=trust_remote_code, **options)
+    except PtqcError:
+        raise
     except Exception as error:  # the fields of a hostile config fail anywhere in transformers, in any way
         raise cannot_build(stored, error) from error
+
+
+@contextmanager
+def held_to(stored: ModelFolder) -> Iterator[None]:
+    """While transformers builds the model of a folder: stop where config.json announces more than the tensors can fill.
+
+    Raises: CheckpointError for more parameters than twice the tensors, or one larger than all of them.
+    """
+    most = 2 * len(stored.entries) + 100
+    largest = _MOST_CODES * sum(math.prod(entry.shape) for entry in stored.entries.values())
+    where, thread, seen = stored.path / "config.json", threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal seen
+        if parameter is None or threading.get_ident() != thread:
+            return
+        seen += 1
+        if seen > most:
+            raise CheckpointError(
+                f"{where} describes a model of more than {most} parameters, the folder has {len(stored.entries)} "
+                "tensors; download or save it again"
+            )
+        if parameter.numel() > largest:
+            raise CheckpointError(
+                f"{where} describes a parameter {name} of shape {list(parameter.shape)}, which the tensors of the "
+                "folder cannot fill; download or save it again"
+            )
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def planned_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -28,7 +28,8 @@ from ptqc.folders.flatten import flatten_state_dict, unflatten_state_dict
 from ptqc.folders.manifest import Manifest
 from ptqc.folders.safefile import SafeFile, TensorEntry, read_safefile
 from ptqc.folders.shards import TensorWriter
-from ptqc.folders.staging import hold, unwritable
+from ptqc.folders.staging import unwritable
+from ptqc.scratch import hold
 
 __all__ = ["Artefact", "WorkFolder", "work_folder_of"]
 

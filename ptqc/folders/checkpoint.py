@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqc.errors import CheckpointError, PtqcError
-from ptqc.folders.architecture import architecture_of, cannot_build
+from ptqc.folders.architecture import architecture_of, cannot_build, held_to
 from ptqc.folders.flatten import parts_of, untied
 from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
 from ptqc.folders.foreign import fill_foreign, load_foreign, open_foreign
@@ -197,7 +197,8 @@ def _built(stored: ModelFolder, dtype: torch.dtype | None, trust_remote_code: bo
     architecture = architecture_of(stored, trust_remote_code)
     options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code, "output_loading_info": True}
     try:
-        model, report = architecture.from_pretrained(str(stored.path), **options)
+        with held_to(stored):
+            model, report = architecture.from_pretrained(str(stored.path), **options)
     except PtqcError:
         raise
     except Exception as error:  # the fields of a hostile config fail anywhere in transformers, in any way

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ptqc.codegen.exporters import OnProgress
 from ptqc.errors import CheckpointError
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, StoredWeight
@@ -20,9 +21,6 @@ from ptqc.sites import Skipped
 __all__ = [
     "OnProgress", "Request", "StreamReport", "copied", "model_dtype", "refuse_source", "write_config",
 ]  # fmt: skip
-
-OnProgress = Callable[[int, int, str], None]
-"""Called with the bytes of the source that are done, the bytes there are, and the tensor just finished."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def _weight_map(path: Path) -> Mapping[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; download or save it again")
-    for file in dict.fromkeys(weight_map.values()):
+    unnamed = [file for file in weight_map.values() if not isinstance(file, str)]
+    for file in unnamed or dict.fromkeys(weight_map.values()):
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file):
             raise CheckpointError(f"{path} names the file {file!r}; only safetensors files beside it are opened")
         if not (path.parent / file).is_file():

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ptqc.codegen.dialect import DIALECTS, DamagedWeight, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
-from ptqc.folders.architecture import build_unfilled, planned_dtype
-from ptqc.folders.flatten import untied
+from ptqc.folders.architecture import build_empty, build_unfilled, planned_dtype
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
 from ptqc.folders.naming import stacked, stored_names
@@ -28,7 +27,7 @@ from ptqc.folders.sources import direct_sources
 from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import check_extras
 
-__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign"]
+__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign", "stored_pieces"]
 
 log = logging.getLogger("ptqc")
 
@@ -145,11 +144,12 @@ def load_foreign(
     Raises: CheckpointError if a weight is missing or has another shape than the model's.
     """
     seen = _as_weights(stored, foreign)
+    build_empty(seen, trust_remote_code)  # sizes that no tensor has fail before memory is asked for
     model: nn.Module = build_unfilled(seen, trust_remote_code)
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
         log.info("%s: %s; put together from pieces", stored.path, sources)
-        wanted = _pieces(model, seen)
+        wanted = stored_pieces(model, seen)
     else:
         names = {id(entry): name for name, entry in seen.entries.items()}
         wanted = {target: [names[id(entry)]] for target, entry in sources.entries.items()}
@@ -174,12 +174,12 @@ def fill_foreign(model: nn.Module, stored: ModelFolder, foreign: Foreign, dtype:
     return model
 
 
-def _pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
+def stored_pieces(model: nn.Module, seen: ModelFolder) -> dict[str, list[str]]:
     """The stored names of the pieces of every parameter, in the order of its rows.
 
     Raises: CheckpointError if one is missing, or has another shape.
     """
-    state = untied(model.state_dict(keep_vars=True))[0]
+    state = {place.names[0]: place.tensor for place in places_of(model)}
     wanted: dict[str, list[tuple[tuple[int, int], str]]] = {}
     for name, piece in stored_names(model, state).items():
         shape = tuple(piece.of(torch.empty(state[piece.name].shape, device="meta")).shape)
@@ -215,7 +215,7 @@ def _fill(
             value = value.with_parts(value.parts, dtype=dtype or value.dtype)
         elif dtype is not None and value.is_floating_point():
             value = value.to(dtype)
-        put(place, value, stored[0])
+        put(place, value, f"{stored[0]} of {foreign.path}")
 
 
 def _packed(name: str, pieces: list[Tensor], shape: torch.Size) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptqc.codegen.export._gguf_architectures import placements
 from ptqc.codegen.export._gguf_config import configuration
-from ptqc.codegen.export._gguf_decode import decode_tensor
+from ptqc.codegen.export._gguf_decode import decode_weight
 from ptqc.codegen.export._gguf_parse import Contents, parse
+from ptqc.codegen.export._gguf_placement import Placement, placements
 from ptqc.errors import CheckpointError, ExportError, first_line
 from ptqc.folders.skeleton import places_of, put
 
@@ -41,16 +41,16 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     _check(contents, _placed(contents, architecture, _built(contents, config, "meta")))
     model = _built(contents, config, "cpu")
     parameters = {id(place.tensor): place for place in places_of(model) if isinstance(place.tensor, nn.Parameter)}
+    together: dict[int, list[Placement]] = {}
     for at in _placed(contents, architecture, model):
-        if at.stored_name in _DERIVED:
+        if at.stored_name not in _DERIVED:
+            together.setdefault(id(at.weight), []).append(at)
+    for number, placed in together.items():
+        value = decode_weight(contents, placed, dtype or torch.float32)
+        if number not in parameters:
+            placed[0].weight.copy_(value)
             continue
-        value = decode_tensor(contents, at.stored_name, dtype or torch.float32, at.rows)
-        if at.offset:
-            value = value - at.offset
-        if id(at.weight) not in parameters:
-            at.weight.copy_(value)
-            continue
-        put(parameters[id(at.weight)], value, at.stored_name)
+        put(parameters[number], value, f"{placed[0].stored_name} of {path}")
     model.config._name_or_path = str(path)
     loaded: nn.Module = model.eval()
     return loaded
@@ -70,22 +70,26 @@ def _built(contents: Contents, config: Any, device: str) -> Any:
     return model
 
 
-def _placed(contents: Contents, architecture: Any, model: Any) -> Any:
+def _placed(contents: Contents, architecture: Any, model: Any) -> list[Placement]:
     try:
         return placements(architecture, model)
     except ExportError as error:
         raise CheckpointError(f"{contents.path} cannot be read: {error}") from error
 
 
-def _check(contents: Contents, placed: Any) -> None:
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without leading axes of 1, which other writers keep or drop."""
+    return _plain(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
+
+
+def _check(contents: Contents, placed: list[Placement]) -> None:
     """Hold names and shapes of the file against the model."""
     for at in placed:
         stored = contents.tensors.get(at.stored_name)
         if stored is None:
             raise CheckpointError(f"{contents.path} lacks {at.stored_name}")
-        if stored.shape != tuple(at.weight.shape):
-            wanted = tuple(at.weight.shape)
-            raise CheckpointError(f"{contents.path} has {at.stored_name} of shape {stored.shape}, not {wanted}")
+        if _plain(stored.shape) != _plain(at.shape):
+            raise CheckpointError(f"{contents.path} has {at.stored_name} of shape {stored.shape}, not {at.shape}")
     known = {at.stored_name for at in placed} | _DERIVED
     unknown = [name for name in contents.tensors if name not in known]
     if unknown:

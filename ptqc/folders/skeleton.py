@@ -37,7 +37,8 @@ def fill_skeleton(
     placed: dict[str, Tensor] = {}
     for place, name in zip(places, sources, strict=True):
         value = placed.get(name)
-        placed[name] = put(place, _read(stored, manifest, name, dtype) if value is None else value, name)
+        read = _read(stored, manifest, name, dtype) if value is None else value
+        placed[name] = put(place, read, f"{name} of {stored.path}")
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise CheckpointError(f"{stored.path} has no values for {left[0]} (not saved); build the skeleton on the cpu")
@@ -86,13 +87,16 @@ def _read(stored: ModelFolder, manifest: Manifest, name: str, dtype: torch.dtype
 
 
 def put(place: Place, value: Tensor, name: str) -> Tensor:
-    """Put a tensor in a place. name: what it is called in the file. Returns what the model holds then.
+    """Put a tensor in a place. name: what to call it in messages. Returns what the model holds then.
 
-    Raises: CheckpointError for another shape.
+    Raises: CheckpointError for another shape, or another kind of numbers.
     """
     if value.shape != place.tensor.shape:
         found, wanted = tuple(value.shape), tuple(place.tensor.shape)
         raise CheckpointError(f"{name} is stored with shape {found}, the skeleton has {wanted}; give the right module")
+    if (value.is_floating_point(), value.is_complex()) != (place.tensor.is_floating_point(), place.tensor.is_complex()):
+        wanted_dtype = place.tensor.dtype
+        raise CheckpointError(f"{name} is stored as {value.dtype}, the skeleton has {wanted_dtype}; save it again")
     is_parameter = isinstance(place.tensor, nn.Parameter)
     if is_parameter and not isinstance(value, nn.Parameter):
         trains = place.tensor.requires_grad and not isinstance(value, QuantTensor)

@@ -2,21 +2,15 @@
 
 import errno
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ptqc.errors import CheckpointError, PtqcError
+from ptqc.scratch import hidden, hold, shortage, sweep
 
-try:
-    import fcntl
-except ImportError:  # Windows: stale temporary folders stay
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["hold", "refuse_target", "require_space", "staged", "unwritable"]
+__all__ = ["refuse_target", "require_space", "staged", "unwritable"]
 
 
 def require_space(target: Path, needed: int) -> None:
@@ -24,13 +18,9 @@ def require_space(target: Path, needed: int) -> None:
 
     Raises: CheckpointError that says how much is missing.
     """
-    existing = next(folder for folder in target.resolve().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise CheckpointError(
-            f"{target} would take {needed / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free in {existing}; "
-            "free some space or choose another disk"
-        )
+    reason = shortage(target, needed)
+    if reason is not None:
+        raise CheckpointError(reason)
 
 
 @contextmanager
@@ -45,8 +35,8 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
     try:
         refuse_target(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        staging = _hidden(path, "part")
+        sweep(path)
+        staging = hidden(path)
         staging.mkdir()
     except OSError as error:
         raise unwritable(path, error) from None
@@ -100,40 +90,11 @@ def refuse_target(path: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{path} holds {found}; only a plain model folder is overwritten, choose another")
 
 
-def _hidden(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.ptqc-{kind}-{secrets.token_hex(4)}")
-
-
-def hold(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; None if it is in use, or cannot be locked here."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _sweep(path: Path) -> None:
-    """Remove the temporary folders of runs that died."""
-    pattern = re.compile(re.escape(f".{path.name}.ptqc-part-") + "[0-9a-f]{8}")
-    for other in path.parent.iterdir():
-        if not pattern.fullmatch(other.name) or not other.is_dir():
-            continue
-        lock = hold(other)
-        if lock is not None:
-            shutil.rmtree(other, ignore_errors=True)
-            os.close(lock)
-
-
 def _put_in_place(staging: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.replace(staging, path)
         return
-    before = _hidden(path, "old")  # another kind: a run that dies right here must not lose it to the next one's sweep
+    before = hidden(path, "old")  # another kind: a run that dies right here must not lose it to the next one's sweep
     os.replace(path, before)
     try:
         os.replace(staging, path)

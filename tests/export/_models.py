@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from ptqc.codegen.export._gguf_architectures import architecture_of
+from ptqc.codegen.export._gguf_placement import placements
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
@@ -24,6 +28,16 @@ _SIZES = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+
+
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+"""Of layers with experts, however their number is called."""
 
 
 def small_model(family: str = "Llama", **changes) -> nn.Module:
@@ -50,6 +64,22 @@ def quantized(model: nn.Module, spec: str) -> nn.Module:
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             module.weight = nn.Parameter(stored(module.weight, spec), requires_grad=False)
     return model
+
+
+def decoded(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """What the `gguf` package makes of the tensors of a file, by the names and in the shapes of the model."""
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    weights: dict[str, Tensor] = {}
+    for at in placements(architecture_of(model), model):
+        tensor = read[at.stored_name]
+        whole = weights.setdefault(at.name, torch.empty(model.get_parameter(at.name).shape))
+        held = whole.mT.contiguous() if at.is_transposed else whole
+        rows = held if len(at.shape) == 1 else held.view(-1, at.shape[-1])
+        numbers = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        assert tuple(tensor.shape[::-1]) == at.shape
+        rows[slice(None) if at.rows is None else at.rows] = numbers.view(-1, *rows.shape[1:]) - at.offset
+        whole.copy_(held.mT if at.is_transposed else held)
+    return weights
 
 
 def llama_logits(path: Path, ids: list[int]) -> Tensor:

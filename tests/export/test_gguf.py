@@ -1,13 +1,14 @@
 import gguf
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ptqc.codegen.export._gguf_architectures import architecture_of, placements
+import ptqc
 from ptqc.codegen.exporters import export
 from ptqc.errors import ExportError
-from tests.export._models import llama_logits, quantized, relative, small_model, stored
+from ptqc.qtensor import QuantTensor
+from tests.export._models import EXPERTS, decoded, llama_logits, quantized, relative, small_model, stored
+from tests.export.test_gguf_tokenizer import byte_level
 
 resource = pytest.importorskip("resource")
 
@@ -16,22 +17,8 @@ def tensors_of(path):
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-def values(tensor):
-    numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return torch.from_numpy(numbers.reshape([int(size) for size in tensor.shape[::-1]]).astype(np.float32))
-
-
 def types_of(path):
     return {name: tensor.tensor_type.name for name, tensor in tensors_of(path).items()}
-
-
-def decoded(path, model):
-    """The weights in a file by the names of the model, in its order of rows."""
-    read, weights = tensors_of(path), {}
-    for at in placements(architecture_of(model), model):
-        numbers = values(read[at.stored_name])
-        weights[at.name] = numbers if at.rows is None else torch.empty_like(numbers).index_copy_(0, at.rows, numbers)
-    return weights
 
 
 def test_float32_comes_back_exactly(tmp_path, reference_folder):
@@ -50,6 +37,91 @@ def test_every_weight_comes_back_near(tmp_path, reference_folder, quant, step):
     for name, numbers in decoded(tmp_path / "m.gguf", model).items():
         weight = model.get_parameter(name)
         assert (numbers - weight).abs().max() <= step * weight.abs().max(), name
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1, "vocab_size": 700}
+FAMILIES = {
+    "GPT2": WIDE,
+    "GPT2 odd": {"hidden_size": 96, "n_inner": 160, "vocab_size": 700, "num_hidden_layers": 1},
+    "Mixtral": WIDE | EXPERTS,
+    "Mixtral odd": EXPERTS | {"num_hidden_layers": 1, "vocab_size": 700},
+    "Qwen2Moe": WIDE | EXPERTS | {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 288},
+    "Qwen3Moe": WIDE | EXPERTS | {"moe_intermediate_size": 256, "norm_topk_prob": True},
+    "Olmoe": WIDE | EXPERTS | {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q8_0"])
+def test_experts_and_transposed_weights_come_back_as_the_package_decodes_them(tmp_path, quant, family):
+    model = small_model(family.removesuffix(" odd"), **FAMILIES[family])
+    tokenizer = byte_level()
+    export(model, "gguf", tmp_path / "a.gguf", quant=quant, tokenizer=tokenizer, name="a")
+    found, loaded = decoded(tmp_path / "a.gguf", model), ptqc.load(tmp_path / "a.gguf")
+    for name, weight in loaded.named_parameters():
+        numbers = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+        assert torch.equal(numbers, found[name]), name
+        assert relative(numbers, model.get_parameter(name)) < 0.1, name
+    packed = [name for name, weight in loaded.named_parameters() if weight.ndim == 3]
+    assert all(isinstance(loaded.get_parameter(name), QuantTensor) for name in packed)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        logits = loaded(ids, use_cache=False).logits
+        for name, weight in model.named_parameters():
+            weight.copy_(found[name])
+        assert relative(logits, model(ids, use_cache=False).logits) < 1e-5
+    report = export(loaded, "gguf", tmp_path / "b.gguf", quant=quant, tokenizer=tokenizer, name="a")
+    assert {tensor.fate for tensor in report.tensors} == {"lossless"}
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_rows_that_no_superblock_divides_fall_back_in_experts_too(tmp_path):
+    model = small_model("Mixtral", **FAMILIES["Mixtral odd"])
+    report = export(model, "gguf", tmp_path / "m.gguf", quant="Q4_K_M", tokenizer=byte_level())
+    found = types_of(tmp_path / "m.gguf")
+    assert found["blk.0.ffn_gate_exps.weight"] == found["blk.0.ffn_up_exps.weight"] == "Q5_0"
+    assert found["blk.0.ffn_down_exps.weight"] == "Q8_0"
+    assert found["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert any("no block of Q4_K divides their rows" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Mixtral"])
+def test_quantized_models_with_experts_and_transposed_weights_keep_their_codes(tmp_path, family):
+    model = small_model(family, **FAMILIES[family])
+    ptqc.quantize(model, "rtn", spec="int4g32", progress=False)
+    stored_ones = [name for name, weight in model.named_parameters() if isinstance(weight, QuantTensor)]
+    assert len(stored_ones) == (4 if family == "GPT2" else 6)
+    report = export(model, "gguf", tmp_path / "m.gguf", quant="Q4_0", tokenizer=byte_level())
+    fates = {(tensor.name, tensor.stored_as, tensor.fate) for tensor in report.tensors if tensor.name in stored_ones}
+    assert fates == {(name, "Q4_0", "lossless") for name in stored_ones}
+    found = decoded(tmp_path / "m.gguf", model)
+    for name in stored_ones:
+        assert torch.equal(found[name], model.get_parameter(name).dequantize()), name
+
+
+@pytest.mark.parametrize("spec", ["nf4g64", "int8t", "int4g32z-f32"])
+def test_stored_experts_on_another_grid_are_encoded_anew(tmp_path, spec):
+    model = small_model("Mixtral", **FAMILIES["Mixtral"])
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj = nn.Parameter(stored(experts.gate_up_proj, spec), requires_grad=False)
+    report = export(model, "gguf", tmp_path / "m.gguf", quant="Q8_0", tokenizer=byte_level())
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert [tensor.fate for tensor in report.tensors if tensor.name == name] == ["requantized"] * 2
+    assert relative(decoded(tmp_path / "m.gguf", model)[name], experts.gate_up_proj.dequantize()) < 0.01
+
+
+def test_every_expert_has_its_own_importance(tmp_path):
+    model = small_model("Mixtral", **FAMILIES["Mixtral"])
+    name, stack = "model.layers.0.mlp.experts.down_proj", torch.ones(4, 256)
+    export(model, "gguf", tmp_path / "plain.gguf", quant="Q4_0", tokenizer=byte_level(), importance={name: stack})
+    stack[2, :16] = 100.0
+    export(model, "gguf", tmp_path / "own.gguf", quant="Q4_0", tokenizer=byte_level(), importance={name: stack})
+    plain, own = decoded(tmp_path / "plain.gguf", model)[name], decoded(tmp_path / "own.gguf", model)[name]
+    weight = model.get_parameter(name).detach()
+    worse = [not torch.equal(plain[expert], own[expert]) for expert in range(4)]
+    assert worse == [False, False, True, False]
+    important = (slice(2, 3), slice(None), slice(16))
+    assert (own - weight)[important].norm() < (plain - weight)[important].norm()
 
 
 def test_types_of_a_q4_0_file(tmp_path, reference_folder):

@@ -9,7 +9,7 @@ from ptqc.codegen.export._gguf_blocks import TYPES
 from ptqc.codegen.export._gguf_mixes import MIXES
 from ptqc.codegen.exporters import export
 from tests.export import _llama_cpp
-from tests.export._models import small_model
+from tests.export._models import EXPERTS, small_model
 from tests.export.test_gguf_tokenizer import byte_level
 
 pytest.importorskip("llama_cpp")
@@ -17,21 +17,32 @@ SIZES = {"vocab_size": 700, "hidden_size": 256, "intermediate_size": 256, "num_h
 CODED = [name for name, kind in TYPES.items() if kind.spec is not None]
 
 
-@pytest.fixture(scope="module", params=["plain", "tied, grouped", "odd rows"])
+MODELS = {
+    "plain": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "tied, grouped": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "odd rows": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 288}),
+    "experts": ("Mixtral", EXPERTS | {"num_local_experts": 8, "num_key_value_heads": 4, "num_hidden_layers": 8}),
+    "shared expert": ("Qwen2Moe", EXPERTS | {"moe_intermediate_size": 256, "num_hidden_layers": 8}),
+    "transposed": ("GPT2", {"num_hidden_layers": 8}),
+}
+# llama.cpp makes Q2_K_S only with an imatrix.
+QUANTS = [name for name in MIXES if name not in ("F32", "F16", "BF16", "Q2_K_S")]
+CASES = [
+    *((name, quant) for name in ("plain", "tied, grouped", "odd rows") for quant in QUANTS),
+    *((name, quant) for name in ("experts", "shared expert", "transposed") for quant in ("Q2_K", "Q3_K_M", "Q4_K_M")),
+]
+
+
+@pytest.fixture(scope="module")
 def model_and_file(request, tmp_path_factory):
-    changes = {
-        "plain": {"num_attention_heads": 8, "num_key_value_heads": 4},
-        "tied, grouped": {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        "odd rows": {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 288},
-    }[request.param]
-    model, path = small_model(**(SIZES | changes)), tmp_path_factory.mktemp("source") / "f32.gguf"
+    family, changes = MODELS[request.param]
+    model, path = small_model(family, **(SIZES | changes)), tmp_path_factory.mktemp("source") / "f32.gguf"
     export(model, "gguf", path, quant="F32", tokenizer=byte_level())
     return model, path
 
 
-# llama.cpp makes Q2_K_S only with an imatrix.
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", [name for name in MIXES if name not in ("F32", "F16", "BF16", "Q2_K_S")])
+@pytest.mark.parametrize(("model_and_file", "quant"), CASES, indirect=["model_and_file"])
 def test_mixes_have_the_types_that_llama_cpp_chooses(tmp_path, model_and_file, quant):
     model, source = model_and_file
     _llama_cpp.quantize_file(source, tmp_path / "theirs.gguf", MIXES[quant].file_type)

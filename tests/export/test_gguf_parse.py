@@ -105,20 +105,6 @@ def test_no_memory_for_what_is_only_announced(tmp_path):
     assert peak < 2_000_000
 
 
-EDITS = st.lists(
-    st.tuples(st.floats(0, 0.999), st.sampled_from([1, 4, 8]), st.integers(0, 2**64 - 1) | st.integers(0, 300)),
-    min_size=1, max_size=6,
-)  # fmt: skip
-
-
-def damaged(data, edits, cut):
-    broken = bytearray(data)
-    for at, width, value in edits:
-        start = int(at * (len(broken) - 8))
-        broken[start : start + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
-    return bytes(broken[: len(broken) if cut is None else int(cut * len(broken))])
-
-
 def survives(path, broken):
     path.write_bytes(broken)
     try:
@@ -127,19 +113,6 @@ def survives(path, broken):
         return
     for name, at in found.tensors.items():
         assert found.read(name).nbytes == at.nbytes <= len(broken)
-
-
-@given(edits=EDITS, cut=st.none() | st.floats(0, 1))
-@settings(max_examples=400, deadline=None)
-def test_damaged_files(tmp_path_factory, data, edits, cut):
-    survives(tmp_path_factory.getbasetemp() / "damaged.gguf", damaged(data, edits, cut))
-
-
-@pytest.mark.sweep
-@given(edits=EDITS, cut=st.none() | st.floats(0, 1))
-@settings(max_examples=10_000, deadline=None)
-def test_many_damaged_files(tmp_path_factory, data, edits, cut):
-    survives(tmp_path_factory.getbasetemp() / "damaged.gguf", damaged(data, edits, cut))
 
 
 @given(junk=st.binary(max_size=300))

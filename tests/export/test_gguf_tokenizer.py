@@ -7,7 +7,7 @@ from gguf import GGUFValueType, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from ptqc.codegen.export._gguf_architectures import Metadata
+from ptqc.codegen.export._gguf_family import Metadata
 from ptqc.codegen.export._gguf_file import write_file
 from ptqc.codegen.export._gguf_splitting import PRE_NAMES
 from ptqc.codegen.export._gguf_tokenizer import read_vocabulary

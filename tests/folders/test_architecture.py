@@ -52,6 +52,8 @@ def test_the_empty_model_has_shapes_and_ties_but_no_values(folder):
         ({"model_type": "nonesuch"}, "cannot build the model"),
         ({"num_attention_heads": 0}, "cannot build the model"),
         ({"vocab_size": -5}, "cannot build the model"),
+        ({"vocab_size": 2**40}, r"a parameter weight of shape \[1099511627776, 64\], which the tensors of the folder"),
+        ({"num_hidden_layers": 10**9}, "a model of more than .* parameters, the folder has 20 tensors"),
     ],
 )
 def test_configs_that_describe_no_model_are_named(folder, fields, complaint):

@@ -74,6 +74,10 @@ def test_faults_of_an_index_are_named(folder):
         (folder / "model.safetensors.index.json").write_text(text)
         with pytest.raises(CheckpointError, match="has no weight_map"):
             open_folder(folder)
+    for file in ({}, [], None, 3):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+        with pytest.raises(CheckpointError, match="only safetensors files beside it"):
+            open_folder(folder)
 
 
 @pytest.mark.parametrize(
