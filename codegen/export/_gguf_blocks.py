@@ -97,9 +97,10 @@ def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
 
 _FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
-_FEW = ((0.0, 0.0), (0.4, 0.4), (0.5, -0.2), (-0.2, 0.5))
+_FEW = ((0.1, 0.1), (0.5, -0.1), (-0.1, 0.5))
+_TERNARY = tuple(1 + step / 4 for step in range(12))
 _STEPS = (-0.5, -0.1, 0.3, 0.7)
-_SOME = tuple((below, above) for below in _STEPS for above in _STEPS if not {below, above} <= {_STEPS[0], _STEPS[-1]})
+_SOME = tuple((a, b) for a in _STEPS for b in _STEPS if -0.9 < a + b < 1.1 and abs(a - b) < 1.1)
 
 _SEARCHES: dict[str, Search] = {
     "Q4_0": Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 9), 7.0)),
@@ -113,16 +114,16 @@ _SEARCHES: dict[str, Search] = {
     "Q6_K": Search(KNOWN_SPECS["q6_K"], peaks=(*_around(-32, 1.2, 6), 31.0)),
     "IQ4_NL": Search(KNOWN_SPECS["iq4_nl"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
     "IQ4_XS": Search(KNOWN_SPECS["iq4_xs"], peaks=(*_around(-127, 25.0, 8), 113.0, 122.0)),
-    "TQ1_0": Search(WeightSpec.parse("ternaryg256"), peaks=tuple(1 + step / 5 for step in range(14))),
-    "TQ2_0": Search(KNOWN_SPECS["tq2_0"], peaks=tuple(1 + step / 5 for step in range(14))),
+    "TQ1_0": Search(WeightSpec.parse("ternaryg256"), peaks=_TERNARY, turns=2),
+    "TQ2_0": Search(KNOWN_SPECS["tq2_0"], peaks=_TERNARY, turns=2),
 }
 
 
 _QUICK: dict[str, QuickSearch] = {
-    "Q4_0": QuickSearch(Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 1.0, 7), 7.0))),
+    "Q4_0": QuickSearch(Search(KNOWN_SPECS["q4_0"], peaks=(*_around(-8, 0.8, 4), 7.0))),
     "Q4_1": QuickSearch(Search(KNOWN_SPECS["q4_1"], ends=_FEW)),
     "Q5_0": QuickSearch(_SEARCHES["Q5_0"]),
-    "Q5_1": QuickSearch(Search(KNOWN_SPECS["q5_1"], ends=_SOME)),
+    "Q5_1": QuickSearch(Search(KNOWN_SPECS["q5_1"], ends=tuple(ends for ends in _SOME if sum(ends) < 0.9))),
 }
 
 

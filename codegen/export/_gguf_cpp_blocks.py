@@ -109,7 +109,7 @@ static inline void write(const vu *words, uint8_t *out, int count) {
 RUN = """\
 // Blocks of rows of `per_row`; counts: of the weights of a row. Returns 0 if a weight is above LARGEST, or NaN.
 extern "C" long encode(const float *weights, const float *counts, uint8_t *out, long blocks, long per_row) {
-    vi is_sound = spread(-1);
+    vi largest = spread(0);  // as bits: larger floats have larger ones, and NaN the largest
     for (long first = 0; first < blocks; first += L) {
         const int count = blocks - first < L ? blocks - first : L;
         const float *rows[L], *counted[L];
@@ -122,13 +122,18 @@ extern "C" long encode(const float *weights, const float *counts, uint8_t *out, 
             columns(rows, i, w + i);
             if (IS_WEIGHTED) columns(counted, i, v + i);
         }
-        for (int i = 0; i < WEIGHTS; i++) is_sound &= magnitude(w[i]) <= LARGEST;
+        for (int i = 0; i < WEIGHTS; i++) {
+            vi bits = (vi)magnitude(w[i]);
+            largest = bits > largest ? bits : largest;
+        }
         vu words[(NBYTES + 3) / 4] = {};
         search(w, v, words);
         write(words, out + first * NBYTES, count);
     }
+    int32_t limit;
+    memcpy(&limit, &LARGEST, 4);
     for (int i = 0; i < L; i++)
-        if (!is_sound[i]) return 0;
+        if (largest[i] > limit) return 0;
     return 1;
 }
 """
