@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from ptqc.codegen.gpu.ptx import Half, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 
-__all__ = ["Subtracted", "decode_integers"]
+__all__ = ["LONGEST", "Placed", "Subtracted", "code_expression", "decode_integers", "place_fields"]
 
-_LONGEST = 4
+LONGEST = 4
 """Fields decoded by one function: more would hold too many registers at a time."""
 
 
@@ -40,9 +40,9 @@ def decode_integers(
     half: type of the levels, None for float32. fields_per_scale: fields that share a zero; field j subtracts
     z<j // fields_per_scale>.
     """
-    longest = min(_LONGEST, fields_per_scale) if subtracted.is_tile else _LONGEST
+    longest = min(LONGEST, fields_per_scale) if subtracted.is_tile else LONGEST
     functions, calls = [], []
-    plans = None if half is None else _plans(layout, half)
+    plans = None if half is None else place_fields(layout, half)
     for first in range(0, layout.fields, longest):
         fields = range(first, min(first + longest, layout.fields))
         pieces = [layout.pieces[j] for j in fields]
@@ -70,7 +70,7 @@ def _integer_function(
     lines += [f"    {part} = {expression}" for part, expression in parts.items()]
     minus = "".join(f" + {part}" for part in parts) if zero.is_tile else f" - {float(zero.constant)}"
     kind = half.triton if half else "tl.float32"
-    plain = ", ".join(f"(({_code_expression(pieces)}).to(tl.float32){minus}).to({kind})" for pieces in fields)
+    plain = ", ".join(f"(({code_expression(pieces)}).to(tl.float32){minus}).to({kind})" for pieces in fields)
     if program:
         lines += ["    if PTX:", f"        return {program}"]
     return "\n".join([*lines, f"    return {plain}"])
@@ -88,7 +88,8 @@ def _zero_parts(zero: Subtracted, bits: int, half: Half | None) -> dict[str, str
     return {"whole": f"-{rounded}", "rest": f"(-whole - z).to({half.triton}).to(tl.float32)"}
 
 
-def _code_expression(pieces: Sequence[Piece]) -> str:
+def code_expression(pieces: Sequence[Piece]) -> str:
+    """The code of a field, in plain Triton."""
     terms = []
     for piece in pieces:
         bits = f"((w{piece.word} >> {piece.bit}) & {(1 << piece.width) - 1})"
@@ -97,7 +98,7 @@ def _code_expression(pieces: Sequence[Piece]) -> str:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A piece of a code in a mantissa: `word` shifted right by `shift`, and masked; what one step of the mantissa is
     worth; is_merged: what or-ing adds to it is taken away with the zero."""
 
@@ -108,18 +109,25 @@ class _Placed:
     is_merged: bool
 
 
-def _plans(layout: WordLayout, half: Half) -> list[list[_Placed]]:
-    """How every field gets into mantissas, with few shifts in all: assemblers find equal ones across functions."""
+def place_fields(layout: WordLayout, half: Half, highest_offset: int | None = None) -> list[list[Placed]]:
+    """How every field gets into mantissas, with few shifts in all: assemblers find equal ones across functions.
+
+    highest_offset: how far above the place where it counts as much as in its code a field may lie.
+    """
     shifts: dict[int, set[int]] = {}
-    return [_plan(pieces, half, shifts) for pieces in layout.pieces]
+    return [_plan(pieces, half, shifts, highest_offset) for pieces in layout.pieces]
 
 
-def _plan(pieces: Sequence[Piece], half: Half, shifts: dict[int, set[int]]) -> list[_Placed]:
-    placed: list[_Placed] = []
+def _plan(
+    pieces: Sequence[Piece], half: Half, shifts: dict[int, set[int]], highest_offset: int | None
+) -> list[Placed]:
+    placed: list[Placed] = []
     for piece in _narrow(pieces, half):
         highest = half.mantissa - piece.width
         is_merged = not placed or piece.base <= highest
         lowest = piece.base if placed and is_merged else 0
+        if highest_offset is not None:
+            highest = min(highest, piece.base + highest_offset)
         known = shifts.setdefault(piece.word, {0})
         allowed = range(piece.bit - highest, piece.bit - lowest + 1)
         # A new shift brings this field as low as may be: the fields above it then fit behind it.
@@ -127,17 +135,17 @@ def _plan(pieces: Sequence[Piece], half: Half, shifts: dict[int, set[int]]) -> l
         known.add(shift)
         offset = piece.bit - shift
         mask = ((1 << piece.width) - 1) << offset
-        placed.append(_Placed(piece.word, shift, mask, 2.0 ** (piece.base - offset), is_merged))
+        placed.append(Placed(piece.word, shift, mask, 2.0 ** (piece.base - offset), is_merged))
     return placed
 
 
-def _excess(plan: Sequence[_Placed], half: Half) -> float:
+def _excess(plan: Sequence[Placed], half: Half) -> float:
     """What the sum of the merged pieces is too large by."""
     return sum(half.unit * piece.step for piece in plan if piece.is_merged)
 
 
 def _integer_program(
-    plans: Sequence[Sequence[_Placed]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
+    plans: Sequence[Sequence[Placed]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
 ) -> str:
     program = Program(half, len(plans))
     excesses = {_excess(plan, half) for plan in plans}
@@ -145,7 +153,7 @@ def _integer_program(
     return program.call([_field(program, plan, zero, parts, is_merged) for plan in plans])
 
 
-def _field(program: Program, plan: Sequence[_Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool) -> str:
+def _field(program: Program, plan: Sequence[Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool) -> str:
     half, total = program.half, ""
     excess = _excess(plan, half)
     for piece in plan:
