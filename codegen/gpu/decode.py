@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from ptqc.codegen.gpu.ptx import Half, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 
-__all__ = ["LONGEST", "Placed", "Subtracted", "code_expression", "decode_integers", "place_fields"]
+__all__ = ["Placed", "Subtracted", "code_expression", "decode_integers", "place_fields"]
 
-LONGEST = 4
+_LONGEST = 4
 """Fields decoded by one function: more would hold too many registers at a time."""
 
 
@@ -40,7 +40,7 @@ def decode_integers(
     half: type of the levels, None for float32. fields_per_scale: fields that share a zero; field j subtracts
     z<j // fields_per_scale>.
     """
-    longest = min(LONGEST, fields_per_scale) if subtracted.is_tile else LONGEST
+    longest = min(_LONGEST, fields_per_scale) if subtracted.is_tile else _LONGEST
     functions, calls = [], []
     plans = None if half is None else place_fields(layout, half)
     for first in range(0, layout.fields, longest):

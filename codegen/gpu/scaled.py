@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ptqc.codegen.gpu.decode import LONGEST, Placed, Subtracted, code_expression, place_fields
+from ptqc.codegen.gpu.decode import Placed, Subtracted, code_expression, place_fields
 from ptqc.codegen.gpu.ptx import HALVES, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 from ptqc.spec import WeightSpec
@@ -51,52 +51,52 @@ def decode_scaled(
 ) -> tuple[str, list[str]]:
     """Text of the functions, and the lines that call them: f0, f1, .. from words w0, w1, .. and scale words v0, v1, .."""
     plans = place_fields(layout, HALVES[torch.float16], _HIGHEST_OFFSET)
-    scales = layout.fields // fields_per_scale
+    least = min(piece.step for plan in plans for piece in plan)
     functions, calls = [], []
-    for first in range(0, layout.fields, min(LONGEST, fields_per_scale)):
-        fields = range(first, min(first + min(LONGEST, fields_per_scale), layout.fields))
-        places = [first // fields_per_scale]
+    for j, (pieces, plan) in enumerate(zip(layout.pieces, plans, strict=True)):
+        places = [j // fields_per_scale]
         if subtracted.is_tile:
-            places.append(scales + places[0])
-        pieces = [layout.pieces[j] for j in fields]
-        words = sorted({piece.word for codes in pieces for piece in codes})
-        arguments = ", ".join(dict.fromkeys([*(f"w{word}" for word in words), *(f"v{at // 2}" for at in places)]))
-        name = f"decode_{first}"
+            places.append(layout.fields // fields_per_scale + places[0])
+        words = dict.fromkeys([*(f"w{piece.word}" for piece in pieces), *(f"v{at // 2}" for at in places)])
+        arguments = ", ".join([*words, "PTX"])
         functions.append(
             "\n".join([
                 "@triton.jit",
-                f"def {name}({arguments}, PTX: tl.constexpr):",
+                f"def decode_{j}({arguments}: tl.constexpr):",
                 "    if PTX:",
-                f"        return {_program([plans[j] for j in fields], subtracted, places)}",
+                f"        return {_program(plan, subtracted, places, least)}",
                 *_plain_lines(pieces, subtracted, places),
             ])
         )  # fmt: skip
-        calls.append(f"{', '.join(f'f{j}' for j in fields)} = {name}({arguments}, PTX)")
+        calls.append(f"f{j} = decode_{j}({arguments})")
     return "\n\n\n".join(functions), calls
 
 
-def _plain_lines(pieces: Sequence[Sequence[Piece]], subtracted: Subtracted, places: Sequence[int]) -> list[str]:
-    halves = [f"{('low', 'high')[at % 2]}(v{at // 2})" for at in places]
-    minus = halves[1] if subtracted.is_tile else f"s * {-subtracted.constant * SMALLEST}"
-    weights = [f"(({code_expression(codes)}).to(tl.float32) * (s * {SMALLEST}) + c).to(tl.float16)" for codes in pieces]
-    return [f"    s = {halves[0]}", f"    c = {minus}", f"    return {', '.join(weights)}"]
+def _plain_lines(pieces: Sequence[Piece], subtracted: Subtracted, places: Sequence[int]) -> list[str]:
+    scale, *rest = (f"{('low', 'high')[at % 2]}(v{at // 2})" for at in places)
+    minus = rest[0] if rest else f"s * {-subtracted.constant * SMALLEST}"
+    return [
+        f"    s = {scale}",
+        f"    c = {minus}",
+        f"    return (({code_expression(pieces)}).to(tl.float32) * (s * {SMALLEST}) + c).to(tl.float16)",
+    ]
 
 
-def _program(plans: Sequence[Sequence[Placed]], subtracted: Subtracted, places: Sequence[int]) -> str:
-    """Equal instructions of several functions and rows, on scales above all, are found by the assembler."""
-    program = Program(HALVES[torch.float16], len(plans))
+def _program(plan: Sequence[Placed], subtracted: Subtracted, places: Sequence[int], least: float) -> str:
+    """Equal instructions of several functions and rows, on scales above all, are found by the assembler.
+
+    least: the smallest step of all fields. A constant zero is made from the scale for it, which spares registers.
+    """
+    program = Program(HALVES[torch.float16], 1)
     scale, *rest = (_spread(program, at) for at in places)
-    minus = rest[0] if rest else _times(program, scale, -subtracted.constant * SMALLEST)
-    results = []
-    for plan in plans:
-        total = minus
-        # High bits first: what is left of them by the zero needs no rounding.
-        for piece in reversed(plan):
-            word = program.shifted(piece.word, piece.shift)
-            bits = program.fresh(f"and.b32 @, {word}, 0x{piece.mask * 0x10001:08x};")
-            total = program.fma(bits, _times(program, scale, piece.step), total)
-        results.append(total)
-    return program.call(results, tile_registers=2)
+    constant = -subtracted.constant * SMALLEST / least
+    total = rest[0] if rest else _times(program, _times(program, scale, least), constant)
+    # High bits first: what the zero leaves of them needs no rounding.
+    for piece in reversed(plan):
+        word = program.shifted(piece.word, piece.shift)
+        bits = program.fresh(f"and.b32 @, {word}, 0x{piece.mask * 0x10001:08x};")
+        total = program.fma(bits, _times(program, scale, piece.step), total)
+    return program.call([total], tile_registers=2)
 
 
 def _spread(program: Program, place: int) -> str:
