@@ -13,11 +13,13 @@ second form is plain Triton, for the interpreter and for other makers' GPUs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import log2
 
 from ptqc.codegen.gpu.ptx import Half, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 
-__all__ = ["Placed", "Subtracted", "code_expression", "decode_integers", "place_fields"]
+__all__ = ["Placed", "Subtracted", "code_expression", "decode_integers", "joined", "place_fields"]
 
 _LONGEST = 4
 """Fields decoded by one function: more would hold too many registers at a time."""
@@ -100,7 +102,8 @@ def code_expression(pieces: Sequence[Piece]) -> str:
 @dataclass(frozen=True)
 class Placed:
     """A piece of a code in a mantissa: `word` shifted right by `shift`, and masked; what one step of the mantissa is
-    worth; is_merged: what or-ing adds to it is taken away with the zero."""
+    worth; is_merged: what or-ing adds to it is taken away with the zero. Pieces of a field with equal steps are or-ed
+    into one number."""
 
     word: int
     shift: int
@@ -130,8 +133,12 @@ def _plan(
             highest = min(highest, piece.base + highest_offset)
         known = shifts.setdefault(piece.word, {0})
         allowed = range(piece.bit - highest, piece.bit - lowest + 1)
-        # A new shift brings this field as low as may be: the fields above it then fit behind it.
-        shift = next((shift for shift in allowed if shift in known), allowed[-1])
+        beside = piece.bit - round(piece.base - log2(placed[0].step)) if placed else None
+        if beside in allowed:
+            shift = beside
+        else:
+            # A new shift brings this field as low as may be: the fields above it then fit behind it.
+            shift = next((shift for shift in allowed if shift in known), allowed[-1])
         known.add(shift)
         offset = piece.bit - shift
         mask = ((1 << piece.width) - 1) << offset
@@ -139,9 +146,14 @@ def _plan(
     return placed
 
 
+def joined(plan: Sequence[Placed]) -> list[list[Placed]]:
+    """Pieces by the number that they are or-ed into: those of equal steps."""
+    return [list(pieces) for _, pieces in groupby(plan, lambda piece: (piece.step, piece.is_merged))]
+
+
 def _excess(plan: Sequence[Placed], half: Half) -> float:
     """What the sum of the merged pieces is too large by."""
-    return sum(half.unit * piece.step for piece in plan if piece.is_merged)
+    return sum(half.unit * pieces[0].step for pieces in joined(plan) if pieces[0].is_merged)
 
 
 def _integer_program(
@@ -156,21 +168,21 @@ def _integer_program(
 def _field(program: Program, plan: Sequence[Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool) -> str:
     half, total = program.half, ""
     excess = _excess(plan, half)
-    for piece in plan:
-        word = program.shifted(piece.word, piece.shift)
-        register = program.fresh(
-            f"lop3.b32 @, {word}, 0x{piece.mask * 0x10001:08x}, 0x{half.magic * 0x10001:08x}, 0xea;"
-        )
+    for pieces in joined(plan):
+        register = f"0x{half.magic * 0x10001:08x}"
+        for piece in pieces:
+            word = program.shifted(piece.word, piece.shift)
+            register = program.fresh(f"lop3.b32 @, {word}, 0x{piece.mask * 0x10001:08x}, {register}, 0xea;")
         if not total:
             minus = f"(whole - {excess}).to({half.triton})" if is_merged else ""
             number = -(excess + (0 if zero.is_tile else zero.constant))
             total = program.tile(minus) if minus else program.number(number)
-        if not piece.is_merged:
+        if not pieces[0].is_merged:
             register = program.add(register, program.number(-float(half.unit)))
-        if piece.step == 1.0:
+        if pieces[0].step == 1.0:
             total = program.add(register, total)
         else:
-            total = program.fma(register, program.number(piece.step), total)
+            total = program.fma(register, program.number(pieces[0].step), total)
     for part in parts[1:] if is_merged else parts:
         total = program.add(total, program.tile(f"{part}.to({half.triton})"))
     return total

@@ -39,6 +39,12 @@ __all__ = [
 OUTPUT_STEP = 128
 """Outputs are filled up to a multiple of this."""
 
+_SHORT_BLOCK, _FEW_ROWS = 128, 32
+"""Inputs and rows of blocks that are short because groups are: a step's loads and counters then weigh more."""
+
+_MOST_FIELDS = 4
+"""More fields than this, each with scales of its own, do not fit in registers beside sums for many rows."""
+
 _FARTHEST_ZERO = 32768.0
 """A zero farther from the codes than this (in steps) leaves nothing of them in 16 bits."""
 
@@ -89,7 +95,13 @@ class WeightForm:
             return "float32"
         if self.layout.block >= 256 and self.layout.words * 16 > 4 * self.layout.fields:
             return "planes"  # more than 4 bits in words of 256 inputs: a stage less, or only one program fits
-        return "table" if "planes_ptr" in self.tables else "arithmetic"
+        if "planes_ptr" in self.tables:
+            return "table"
+        if self.fields_per_scale is not None and not self.is_scaled:
+            return "sums of groups"
+        if self.layout.fields > _MOST_FIELDS:
+            return "many fields"
+        return "short blocks" if self.layout.block <= _SHORT_BLOCK and self.layout.rows <= _FEW_ROWS else "arithmetic"
 
     @property
     def scales_per_row(self) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ptqc.codegen.gpu.decode import Placed, Subtracted, code_expression, place_fields
+from ptqc.codegen.gpu.decode import Placed, Subtracted, code_expression, joined, place_fields
 from ptqc.codegen.gpu.ptx import HALVES, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 from ptqc.spec import WeightSpec
@@ -92,10 +92,14 @@ def _program(plan: Sequence[Placed], subtracted: Subtracted, places: Sequence[in
     constant = -subtracted.constant * SMALLEST / least
     total = rest[0] if rest else _times(program, _times(program, scale, least), constant)
     # High bits first: what the zero leaves of them needs no rounding.
-    for piece in reversed(plan):
-        word = program.shifted(piece.word, piece.shift)
-        bits = program.fresh(f"and.b32 @, {word}, 0x{piece.mask * 0x10001:08x};")
-        total = program.fma(bits, _times(program, scale, piece.step), total)
+    for pieces in reversed(joined(plan)):
+        bits = ""
+        for piece in pieces:
+            word, mask = program.shifted(piece.word, piece.shift), f"0x{piece.mask * 0x10001:08x}"
+            bits = program.fresh(
+                f"lop3.b32 @, {word}, {mask}, {bits}, 0xea;" if bits else f"and.b32 @, {word}, {mask};"
+            )
+        total = program.fma(bits, _times(program, scale, pieces[0].step), total)
     return program.call([total], tile_registers=2)
 
 
