@@ -1,4 +1,4 @@
-"""One variant of a GPU kernel: compiled, counted and held against the gates (`benchmarks.static_gates` runs them all)."""
+"""One variant of a GPU kernel, compiled, counted and held against its gate; `benchmarks.static_gates` runs all."""
 
 import hashlib
 from collections.abc import Iterator
@@ -89,6 +89,12 @@ class Variant:
         pointers, case = sorted(self.form.pointers.items()), self.case
         what = (kernels, self.tile, self.inputs, pointers, case.dtype, case.capability, triton.__version__)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+    def slow(self, per_weight: float) -> Iterator[str]:
+        """Why so many instructions per weight are too many, if they are."""
+        most = self.most_instructions
+        if most and per_weight > most:
+            yield f"{per_weight:.2f} instructions per weight, not {most}"
 
     @property
     def most_instructions(self) -> float | None:
@@ -198,9 +204,7 @@ def _programs(code: MachineCode, tile: Tile, capability: int) -> int:
 
 
 def _failures(variant: Variant, code: MachineCode, per_weight: float, programs: int) -> Iterator[str]:
-    most = variant.most_instructions
-    if most and per_weight > most:
-        yield f"{per_weight:.2f} instructions per weight, not {most}"
+    yield from variant.slow(per_weight)
     if code.spills or code.stack:
         yield f"{code.spills} spills, {code.stack} bytes of stack"
     if not code.matrices and variant.form.half is not None:

@@ -59,10 +59,8 @@ def row_of(case: Case, known: Mapping[str, Row]) -> Row:
     found = known.get(variant.key)
     if found is None:
         return variant.measure()
-    limit = variant.most_instructions
-    slow = [f"{found.per_weight:.2f} instructions per weight, not {limit}"] if limit and found.per_weight > limit else []
     others = [failure for failure in found.failures if "per weight" not in failure]
-    return replace(found, spec=case.spec, act=case.act, failures=(*slow, *others))
+    return replace(found, spec=case.spec, act=case.act, failures=(*variant.slow(found.per_weight), *others))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -134,11 +134,9 @@ def _plan(
         known = shifts.setdefault(piece.word, {0})
         allowed = range(piece.bit - highest, piece.bit - lowest + 1)
         beside = piece.bit - round(piece.base - log2(placed[0].step)) if placed else None
-        if beside in allowed:
-            shift = beside
-        else:
-            # A new shift brings this field as low as may be: the fields above it then fit behind it.
-            shift = next((shift for shift in allowed if shift in known), allowed[-1])
+        equal, shared = ([at for at in allowed if at in wanted] for wanted in ({beside}, known))
+        # A new shift brings this field as low as may be: the fields above it then fit behind it.
+        shift = (equal or shared or allowed[-1:])[0]
         known.add(shift)
         offset = piece.bit - shift
         mask = ((1 << piece.width) - 1) << offset

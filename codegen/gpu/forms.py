@@ -221,7 +221,7 @@ def _scale_words(
     """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; what outputs are multiplied by."""
     norm = scale.new_ones(len(scale), 1)
     if form.half is not None:
-        # The largest scale of an output goes to 2^14 .. 2^15; no bit of the others changes unless they are 2^28 smaller.
+        # The largest scale of an output goes to 2^14 .. 2^15; no bit of others changes unless they are 2^28 smaller.
         norm = torch.exp2(scale.abs().amax(1, keepdim=True).clamp_min(_SMALLEST_SCALE).log2().floor() - 14)
         scale = (scale / norm).to(torch.float16).float()
     if form.is_scaled:

@@ -46,10 +46,8 @@ def is_scaled(spec: WeightSpec, dtype: torch.dtype, group: int | None) -> bool:
     return dtype == torch.float16 and group is not None and is_integer and is_exact
 
 
-def decode_scaled(
-    layout: WordLayout, subtracted: Subtracted, fields_per_scale: int
-) -> tuple[str, list[str]]:
-    """Text of the functions, and the lines that call them: f0, f1, .. from words w0, w1, .. and scale words v0, v1, .."""
+def decode_scaled(layout: WordLayout, subtracted: Subtracted, fields_per_scale: int) -> tuple[str, list[str]]:
+    """Text of the functions, and the lines that call them: f0, f1, .. from words w0, .. and scale words v0, .."""
     plans = place_fields(layout, HALVES[torch.float16], _HIGHEST_OFFSET)
     least = min(piece.step for plan in plans for piece in plan)
     functions, calls = [], []
