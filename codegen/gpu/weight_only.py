@@ -7,10 +7,10 @@ the words of one block:
     words  [BN, rows]  once         f_j = level of field j      [BN, rows]
     x      [rows, BM]  per field    acc += scale * (f_0 @ x_0 + f_1 @ x_1 ..)
 
-Scales are applied to the product of the fields that share them, in float32. Programs: one for BN outputs and BM rows,
-times SPLIT runs of blocks. ROWS may be fewer than the rows of a block,
-which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a counter,
-adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
+Where levels do not come scaled from their decoder, scales are applied to the product of the fields that share them, in
+float32. Programs: one for BN outputs and BM rows, times SPLIT runs of blocks. ROWS may be fewer than the rows of a
+block, which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a
+counter, adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
 """
 
 import torch
