@@ -97,11 +97,12 @@ class WeightForm:
             return "planes"  # more than 4 bits in words of 256 inputs: a stage less, or only one program fits
         if "planes_ptr" in self.tables:
             return "table"
-        if self.fields_per_scale is not None and not self.is_scaled:
-            return "sums of groups"
+        has_sums = self.fields_per_scale is not None and not self.is_scaled
         if self.layout.fields > _MOST_FIELDS:
-            return "many fields"
-        return "short blocks" if self.layout.block <= _SHORT_BLOCK and self.layout.rows <= _FEW_ROWS else "arithmetic"
+            return "sums of groups" if has_sums else "many fields"
+        if self.layout.block <= _SHORT_BLOCK and self.layout.rows <= _FEW_ROWS:
+            return "sums of short groups" if has_sums else "short blocks"
+        return "sums of groups" if has_sums else "arithmetic"
 
     @property
     def scales_per_row(self) -> int:

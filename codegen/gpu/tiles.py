@@ -44,6 +44,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "many fields": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
     "short blocks": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4), *_WIDE_LEAN),
     "sums of groups": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4, 240), *_WIDE),
     "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
     "planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
