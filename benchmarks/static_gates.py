@@ -1,11 +1,15 @@
 """What the GPU kernels compile to, counted without a GPU: instructions per weight, registers, spills, shared memory.
 
-    python -m benchmarks.static_gates [--quick] [--json FILE] [--spec NAME ..]
+    python -m benchmarks.static_gates [--quick] [--json FILE] [--seconds N] [--spec NAME ..] [--float16]
+    python -m benchmarks.static_gates --table FILE ..
 
 Every kernel variant is cross-compiled for sm_80 and sm_90 with the Triton that is installed, and its machine code is
 read. A kernel that issues more instructions per weight than a processor can while memory delivers the weight cannot be
-memory-bound (docs/kernels.md has the budgets). Gates that fail are marked and make the exit status 1. With --amd the
-kernels are compiled for gfx942 as well, in their plain form; that is a report only.
+memory-bound (docs/kernels.md has the budgets). Gates that fail are marked and make the exit status 1.
+
+With --json, variants that the file holds already are not compiled again unless their text changed; --seconds stops
+after that time, and the next call goes on. --table prints what files hold as the tables of docs/kernels.md. With --amd
+the kernels are compiled for gfx942 as well, in their plain form; that is a report only.
 """
 
 import argparse
@@ -14,29 +18,15 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks._sass import MachineCode, compile_kernel, read_machine_code
-from ptqc.act_spec import ActSpec
-from ptqc.codegen.build import load_text
-from ptqc.codegen.gpu.chains import operand_names
-from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, summed_group
-from ptqc.codegen.gpu.forms import WeightForm, form_of
-from ptqc.codegen.gpu.inputs import prologue_pointers
-from ptqc.codegen.gpu.tiles import Tile, tile_for
-from ptqc.codegen.gpu.weight_only import POINTER_TYPES, product_arguments
-from ptqc.codegen.targets.triton_eight_bit import TritonEightBit
-from ptqc.codegen.targets.triton_linear import TritonLinear
-from ptqc.requests import KernelRequest
-from ptqc.spec import WeightSpec
-
-__all__ = ["Case", "Row", "compile_around", "measure"]
+from benchmarks._gates import Case, Row, compile_plain, variant_of
 
 SPECS = (
     "int4g128", "int4g64", "int4g32", "int4", "int4g128z", "int4g64z", "int4g64f", "int4g32m", "int8", "int8g128",
@@ -49,168 +39,57 @@ EIGHT_BIT = (
 )  # fmt: skip
 QUICK = ("int4g128", "int4g64z", "nf4g64")
 ROWS = (1, 16, 64)
-SHARED = {80: 163, 90: 227}
-"""KiB of shared memory of a processor."""
-MOST_INSTRUCTIONS: dict[str, dict[int, float]] = {"int4g128": {1: 2.4, 16: 2.4, 64: 3.0}, "int4g64z": {1: 2.4, 16: 2.4},
-                                                  "nf4g64": {1: 4.0, 16: 4.0}}  # fmt: skip
-"""Per weight in the main loop, float16, by spec and rows. At 64 rows for sm_90 only: on sm_80 the products alone are
-one instruction for every weight."""
+EIGHT_BIT_ROWS = (16, 64, 128)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One variant of a kernel, for a weight of 4096 x 4096."""
-
-    spec: str
-    dtype: torch.dtype
-    rows: int
-    capability: int
-    act: str = "float"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was counted."""
-
-    spec: str
-    act: str
-    dtype: str
-    target: str
-    tile: str
-    per_weight: float
-    registers: int
-    spills: int
-    shared: int
-    programs: int
-    matrices: str
-    failures: tuple[str, ...]
+def cases(specs: Sequence[str], is_quick: bool, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """What is compiled, in the order of the tables."""
+    eight_bit = itertools.product(() if is_quick else EIGHT_BIT, (80, 90), EIGHT_BIT_ROWS)
+    for dtype in dtypes:
+        for spec, capability, rows in itertools.product(specs, (80, 90), ROWS):
+            yield Case(spec, dtype, rows, capability)
+        for (spec, act), capability, rows in eight_bit:  # once, with the first type
+            if capability == 90 or act == "int8-token":
+                yield Case(spec, torch.float16, rows, capability, act)
 
 
-def measure(case: Case) -> Row:
-    """Compile a variant and hold it against the gates."""
-    from triton.backends.compiler import GPUTarget
-
-    request, form, tile = _request(case)
-    steps = form.layout.rows if request.act.dtype else form.layout.rows_for(tile.inputs)
-    compiled = _compile(request, form, tile, GPUTarget("cuda", case.capability, 32), is_plain=False)
-    code = read_machine_code(compiled)
-    weights = tile.outputs * steps * form.layout.fields / (32 * tile.warps)
-    per_weight = code.loop_length / weights
-    programs = _programs(code, tile, case.capability)
-    failures = tuple(_failures(case, code, per_weight, programs))
-    return Row(
-        case.spec, case.act, str(case.dtype).removeprefix("torch."), f"sm_{case.capability}",
-        f"{tile.rows}x{tile.outputs}x{steps * form.layout.fields} w{tile.warps} s{tile.stages}", round(per_weight, 2),
-        code.registers, code.spills, code.shared, programs, " ".join(code.matrices), failures,
-    )  # fmt: skip
+def row_of(case: Case, known: Mapping[str, Row]) -> Row:
+    """The row of a case, compiled unless a known one is of the same code."""
+    variant = variant_of(case)
+    found = known.get(variant.key)
+    if found is None:
+        return variant.measure()
+    others = [failure for failure in found.failures if "per weight" not in failure]
+    return replace(found, spec=case.spec, act=case.act, failures=(*variant.slow(found.per_weight), *others))
 
 
-def _request(case: Case) -> tuple[KernelRequest, WeightForm, Tile]:
-    spec = WeightSpec.parse(case.spec)
-    act = ActSpec.parse(case.act)
-    request = KernelRequest(spec, 4096, 4096, case.dtype, "cuda", act, (), ("bias", "silu"))
-    form = eight_bit_form(request) if act.dtype else form_of(spec, request.k, case.dtype)
-    if isinstance(form, str):
-        raise SystemExit(f"{case.spec}: {form}")
-    return request, form, tile_for(case.rows, form.decoding, case.capability)
+def read_rows(path: Path) -> list[Row]:
+    """Rows of an earlier run."""
+    listed = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [Row(**{**row, "failures": tuple(row["failures"])}) for row in listed if "variant" in row]
 
 
-def _compile(request: KernelRequest, form: WeightForm, tile: Tile, target: Any, is_plain: bool) -> Any:
-    is_quantized = request.act.dtype is not None
-    module = load_text((TritonEightBit() if is_quantized else TritonLinear()).emit(request).text)
-    signature = (eight_bit_arguments if is_quantized else product_arguments)(request, form)
-    signature |= {"out_ptr": POINTER_TYPES[request.dtype], "part_ptr": "*fp32", "lock_ptr": "*i32"}
-    aligned = [*signature, "N", "K", "NP"]
-    signature |= dict.fromkeys(("M", "N", "K", "NP", "BLOCKS", "CHUNK", "SPLIT"), "i32")
-    constants = {
-        "BM": tile.rows, "BN": tile.outputs, "IS_SPLIT": True, "PTX": not is_plain, "EMULATED": False,
-        **({} if is_quantized else {"ROWS": form.layout.rows_for(tile.inputs)}),
-    }  # fmt: skip
-    signature |= dict.fromkeys(constants, "constexpr")
-    registers = {"maxnreg": tile.registers} if tile.registers and not is_plain else {}
-    return compile_kernel(
-        module.matmul, signature, constants, aligned, target, num_warps=tile.warps, num_stages=tile.stages, **registers
-    )
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """What a run found, with versions."""
+    import triton
+
+    about = {"triton": triton.__version__, "torch": torch.__version__, "date": date.today().isoformat(),
+             "machine": platform.processor() or platform.machine()}  # fmt: skip
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
-def compile_around(spec: str, act: str, prologue: tuple[str, ...], epilogue: tuple[str, ...], capability: int) -> None:
-    """Compile the kernels before and behind a product, and the one that unpacks a weight; raises what Triton does."""
-    from triton.backends.compiler import GPUTarget
-
-    request = KernelRequest(
-        WeightSpec.parse(spec), 4096, 4096, torch.float16, "cuda", ActSpec.parse(act), prologue, epilogue
-    )
-    target, operands = GPUTarget("cuda", capability, 32), dict.fromkeys(operand_names(request), "*fp16")
-    types = {name: "*i32" if step == "order" else "*fp16" for name, step in zip(
-        prologue_pointers(request), prologue, strict=False)}  # fmt: skip
-    entry = {"x_ptr": "*fp16", **types, "v_ptr": "*fp16"}
-    sizes = {"GROUPS": 1, "WIDTH": 4096}
-    if request.act.dtype is not None:
-        form = eight_bit_form(request)
-        assert isinstance(form, WeightForm)
-        module = load_text(TritonEightBit().emit(request).text)
-        summed = summed_group(request, form)
-        entry |= {"v_ptr": form.words_type, "scale_ptr": "*fp32"} | ({"sums_ptr": "*fp32"} if summed else {})
-        sizes = {"GROUPS": 4096 // (summed or 4096), "WIDTH": summed or 4096}
-    else:
-        form = form_of(request.spec, request.k, request.dtype)
-        assert isinstance(form, WeightForm)
-        module = load_text(TritonLinear().emit(request).text)
-        numbers = dict.fromkeys(("N", "K", "NP"), "i32")
-        modes = {"BN": 128, "PTX": True, "EMULATED": False}
-        _compile_plainly(module.unpack, form.pointers | {"out_ptr": "*fp16"} | numbers, modes, target)
-        finish = {"y_ptr": "*fp16", **operands, "out_ptr": "*fp16", **dict.fromkeys(("M", "N", "NP"), "i32")}
-        _compile_plainly(module.finish, finish, {"BM": 32, "BN": 64}, target)
-    _compile_plainly(module.enter, entry | {"K": "i32"}, sizes, target)
-
-
-def _compile_plainly(kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: Any) -> None:
-    aligned = [name for name in signature if name.endswith("_ptr")]
-    compile_kernel(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned, target, num_warps=8)
-
-
-def _programs(code: MachineCode, tile: Tile, capability: int) -> int:
-    """Programs that fit on a processor at a time."""
-    by_registers = 65536 // (max(code.registers, 32) * 32 * tile.warps)
-    return int(min(by_registers, SHARED[capability] * 1024 // (code.shared + 1024), 64 // tile.warps))
-
-
-def _failures(case: Case, code: MachineCode, per_weight: float, programs: int) -> Iterator[str]:
-    is_gated = case.dtype == torch.float16 and case.act == "float"
-    most = MOST_INSTRUCTIONS.get(case.spec, {}).get(case.rows) if is_gated else None
-    if most and per_weight > most and (case.rows < 64 or case.capability == 90):
-        yield f"{per_weight:.2f} instructions per weight, not {most}"
-    if code.spills or code.stack:
-        yield f"{code.spills} spills, {code.stack} bytes of stack"
-    if not code.matrices:
-        yield "no tensor cores"
-    if (case.rows <= 16 and programs < 2) or programs < 1:
-        yield f"{programs} programs on a processor"
-
-
-def _cases(specs: tuple[str, ...], is_quick: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
-    for spec, dtype, capability, rows in itertools.product(specs, dtypes, (80, 90), ROWS):
-        yield Case(spec, dtype, rows, capability)
-    for (spec, act), capability, rows in itertools.product(() if is_quick else EIGHT_BIT, (80, 90), (16, 64, 128)):
-        if capability == 90 or act == "int8-token":
-            yield Case(spec, torch.float16, rows, capability, act)
-
-
-def _amd(specs: tuple[str, ...]) -> list[str]:
+def _amd(specs: Sequence[str]) -> Iterator[str]:
     """What becomes of the plain form on gfx942."""
     from triton.backends.compiler import GPUTarget
 
-    lines = []
     for spec in specs:
-        request, form, tile = _request(Case(spec, torch.float16, 16, 90))
         try:
-            compiled = _compile(request, form, Tile(16, 64, tile.inputs, 4, 2), GPUTarget("hip", "gfx942", 64), True)
-            lines.append(
-                f"{spec}: gfx942, {compiled.asm['amdgcn'].count('v_mfma')} v_mfma, {compiled.metadata.shared} B"
-            )
+            compiled = compile_plain(variant_of(Case(spec, torch.float16, 16, 90)), GPUTarget("hip", "gfx942", 64))
+            yield f"{spec}: gfx942, {compiled.asm['amdgcn'].count('v_mfma')} v_mfma, {compiled.metadata.shared} B"
         except Exception as error:
-            lines.append(f"{spec}: gfx942 fails: {str(error).strip().splitlines()[-1][:160]}")
-    return lines
+            yield f"{spec}: gfx942 fails: {str(error).strip().splitlines()[-1][:160]}"
 
 
 HEADER = (
@@ -226,34 +105,68 @@ def _line(row: Row) -> str:
     )
 
 
+def table(files: Sequence[Path]) -> Iterator[str]:
+    """Markdown, one row for a spec and type: instructions per weight, by target, rows and file."""
+    for is_quantized, counts in ((False, ROWS), (True, EIGHT_BIT_ROWS)):
+        columns = [(target, count) for target in ("sm_80", "sm_90") for count in counts]
+        yield "| spec | |" + "".join(f" {target}: {count} |" for target, count in columns)
+        yield "|---|---|" + "---|" * len(columns)
+        found = {(row.spec, row.act, row.dtype, row.target, row.rows, i): row
+                 for i, path in enumerate(files) for row in read_rows(path) if (row.act != "float") == is_quantized}
+        for spec, act, dtype in dict.fromkeys(key[:3] for key in found):
+            cells = []
+            for target, count in columns:
+                rows = [found.get((spec, act, dtype, target, count, i)) for i in range(len(files))]
+                cells.append(" / ".join(_cell(row) for row in rows if row) or "-")
+            yield f"| {spec} | {act if is_quantized else dtype} | {' | '.join(cells)} |"
+        yield ""
+
+
+def _cell(row: Row) -> str:
+    text = f"{row.per_weight:.2f}"
+    if row.spills:
+        text += f", {row.spills} spills"
+    return f"**{text}**" if row.failures else text
+
+
 def main() -> None:
-    """Print the table, write JSON, fail if a gate does."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the rows, write JSON, fail if a gate does."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="float16 and three specs only")
     parser.add_argument("--float16", action="store_true", help="leave bfloat16 out")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="go on with this file, and write it")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long")
     parser.add_argument("--spec", nargs="+", help="these specs only")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942 too")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print what these files hold")
     given = parser.parse_args()
+    if given.table:
+        print("\n".join(table(given.table)))
+        return
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
 
+    begun = time.monotonic()
     specs = tuple(given.spec or (QUICK if given.quick else SPECS))
+    dtypes = (torch.float16,) if given.quick or given.float16 else (torch.float16, torch.bfloat16)
+    known = {row.variant: row for row in (read_rows(given.json) if given.json else [])}
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
     print(HEADER)
-    rows = []
-    dtypes = (torch.float16,) if given.quick or given.float16 else (torch.float16, torch.bfloat16)
-    for case in _cases(specs, given.quick, dtypes):
-        row = measure(case)
-        rows.append(row)
-        print(_line(row), flush=True)
-    for line in _amd(specs) if given.amd else []:
-        print(line)
+    rows: list[Row] = []
+    asked = list(cases(specs, given.quick or bool(given.spec), dtypes))
+    for case in asked:
+        if time.monotonic() - begun > given.seconds:
+            break
+        rows.append(row_of(case, known))
+        known[rows[-1].variant] = rows[-1]
+        print(_line(rows[-1]), flush=True)
     if given.json:
-        about = {"triton": triton.__version__, "torch": torch.__version__, "date": date.today().isoformat(),
-                 "machine": platform.processor() or platform.machine()}  # fmt: skip
-        given.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    sys.exit(1 if any(row.failures for row in rows) else 0)
+        left = [] if len(rows) == len(asked) else [row for row in known.values() if row not in rows]
+        write_rows(given.json, [*rows, *left])
+    for line in _amd(specs) if given.amd else ():
+        print(line)
+    print(f"{len(rows)} of {len(asked)} variants, {sum(bool(row.failures) for row in rows)} fail")
+    sys.exit(1 if any(row.failures for row in rows) or len(rows) < len(asked) else 0)
 
 
 if __name__ == "__main__":

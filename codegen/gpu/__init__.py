@@ -2,5 +2,6 @@
 
 words    where the bits of a code lie           decode     from a word to the levels of its codes
 chains   prologues and epilogues                weight_only, integer, dense    the kernels' texts
+scaled   .. to weights, where groups have scales
 tiles    which tile for how many rows           launch     what a loaded text runs
 """

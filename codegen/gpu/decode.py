@@ -13,11 +13,13 @@ second form is plain Triton, for the interpreter and for other makers' GPUs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import log2
 
 from ptqc.codegen.gpu.ptx import Half, Program
 from ptqc.codegen.gpu.words import Piece, WordLayout
 
-__all__ = ["Subtracted", "decode_integers"]
+__all__ = ["Placed", "Subtracted", "code_expression", "decode_integers", "joined", "place_fields"]
 
 _LONGEST = 4
 """Fields decoded by one function: more would hold too many registers at a time."""
@@ -42,7 +44,7 @@ def decode_integers(
     """
     longest = min(_LONGEST, fields_per_scale) if subtracted.is_tile else _LONGEST
     functions, calls = [], []
-    plans = None if half is None else _plans(layout, half)
+    plans = None if half is None else place_fields(layout, half)
     for first in range(0, layout.fields, longest):
         fields = range(first, min(first + longest, layout.fields))
         pieces = [layout.pieces[j] for j in fields]
@@ -70,7 +72,7 @@ def _integer_function(
     lines += [f"    {part} = {expression}" for part, expression in parts.items()]
     minus = "".join(f" + {part}" for part in parts) if zero.is_tile else f" - {float(zero.constant)}"
     kind = half.triton if half else "tl.float32"
-    plain = ", ".join(f"(({_code_expression(pieces)}).to(tl.float32){minus}).to({kind})" for pieces in fields)
+    plain = ", ".join(f"(({code_expression(pieces)}).to(tl.float32){minus}).to({kind})" for pieces in fields)
     if program:
         lines += ["    if PTX:", f"        return {program}"]
     return "\n".join([*lines, f"    return {plain}"])
@@ -88,7 +90,8 @@ def _zero_parts(zero: Subtracted, bits: int, half: Half | None) -> dict[str, str
     return {"whole": f"-{rounded}", "rest": f"(-whole - z).to({half.triton}).to(tl.float32)"}
 
 
-def _code_expression(pieces: Sequence[Piece]) -> str:
+def code_expression(pieces: Sequence[Piece]) -> str:
+    """The code of a field, in plain Triton."""
     terms = []
     for piece in pieces:
         bits = f"((w{piece.word} >> {piece.bit}) & {(1 << piece.width) - 1})"
@@ -97,9 +100,10 @@ def _code_expression(pieces: Sequence[Piece]) -> str:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A piece of a code in a mantissa: `word` shifted right by `shift`, and masked; what one step of the mantissa is
-    worth; is_merged: what or-ing adds to it is taken away with the zero."""
+    worth; is_merged: what or-ing adds to it is taken away with the zero. Pieces of a field with equal steps are or-ed
+    into one number."""
 
     word: int
     shift: int
@@ -108,36 +112,50 @@ class _Placed:
     is_merged: bool
 
 
-def _plans(layout: WordLayout, half: Half) -> list[list[_Placed]]:
-    """How every field gets into mantissas, with few shifts in all: assemblers find equal ones across functions."""
+def place_fields(layout: WordLayout, half: Half, highest_offset: int | None = None) -> list[list[Placed]]:
+    """How every field gets into mantissas, with few shifts in all: assemblers find equal ones across functions.
+
+    highest_offset: how far above the place where it counts as much as in its code a field may lie.
+    """
     shifts: dict[int, set[int]] = {}
-    return [_plan(pieces, half, shifts) for pieces in layout.pieces]
+    return [_plan(pieces, half, shifts, highest_offset) for pieces in layout.pieces]
 
 
-def _plan(pieces: Sequence[Piece], half: Half, shifts: dict[int, set[int]]) -> list[_Placed]:
-    placed: list[_Placed] = []
+def _plan(
+    pieces: Sequence[Piece], half: Half, shifts: dict[int, set[int]], highest_offset: int | None
+) -> list[Placed]:
+    placed: list[Placed] = []
     for piece in _narrow(pieces, half):
         highest = half.mantissa - piece.width
         is_merged = not placed or piece.base <= highest
         lowest = piece.base if placed and is_merged else 0
+        if highest_offset is not None:
+            highest = min(highest, piece.base + highest_offset)
         known = shifts.setdefault(piece.word, {0})
         allowed = range(piece.bit - highest, piece.bit - lowest + 1)
+        beside = piece.bit - round(piece.base - log2(placed[0].step)) if placed else None
+        equal, shared = ([at for at in allowed if at in wanted] for wanted in ({beside}, known))
         # A new shift brings this field as low as may be: the fields above it then fit behind it.
-        shift = next((shift for shift in allowed if shift in known), allowed[-1])
+        shift = (equal or shared or allowed[-1:])[0]
         known.add(shift)
         offset = piece.bit - shift
         mask = ((1 << piece.width) - 1) << offset
-        placed.append(_Placed(piece.word, shift, mask, 2.0 ** (piece.base - offset), is_merged))
+        placed.append(Placed(piece.word, shift, mask, 2.0 ** (piece.base - offset), is_merged))
     return placed
 
 
-def _excess(plan: Sequence[_Placed], half: Half) -> float:
+def joined(plan: Sequence[Placed]) -> list[list[Placed]]:
+    """Pieces by the number that they are or-ed into: those of equal steps."""
+    return [list(pieces) for _, pieces in groupby(plan, lambda piece: (piece.step, piece.is_merged))]
+
+
+def _excess(plan: Sequence[Placed], half: Half) -> float:
     """What the sum of the merged pieces is too large by."""
-    return sum(half.unit * piece.step for piece in plan if piece.is_merged)
+    return sum(half.unit * pieces[0].step for pieces in joined(plan) if pieces[0].is_merged)
 
 
 def _integer_program(
-    plans: Sequence[Sequence[_Placed]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
+    plans: Sequence[Sequence[Placed]], half: Half, zero: Subtracted, parts: Sequence[str], bits: int
 ) -> str:
     program = Program(half, len(plans))
     excesses = {_excess(plan, half) for plan in plans}
@@ -145,24 +163,24 @@ def _integer_program(
     return program.call([_field(program, plan, zero, parts, is_merged) for plan in plans])
 
 
-def _field(program: Program, plan: Sequence[_Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool) -> str:
+def _field(program: Program, plan: Sequence[Placed], zero: Subtracted, parts: Sequence[str], is_merged: bool) -> str:
     half, total = program.half, ""
     excess = _excess(plan, half)
-    for piece in plan:
-        word = program.shifted(piece.word, piece.shift)
-        register = program.fresh(
-            f"lop3.b32 @, {word}, 0x{piece.mask * 0x10001:08x}, 0x{half.magic * 0x10001:08x}, 0xea;"
-        )
+    for pieces in joined(plan):
+        register = f"0x{half.magic * 0x10001:08x}"
+        for piece in pieces:
+            word = program.shifted(piece.word, piece.shift)
+            register = program.fresh(f"lop3.b32 @, {word}, 0x{piece.mask * 0x10001:08x}, {register}, 0xea;")
         if not total:
             minus = f"(whole - {excess}).to({half.triton})" if is_merged else ""
             number = -(excess + (0 if zero.is_tile else zero.constant))
             total = program.tile(minus) if minus else program.number(number)
-        if not piece.is_merged:
+        if not pieces[0].is_merged:
             register = program.add(register, program.number(-float(half.unit)))
-        if piece.step == 1.0:
+        if pieces[0].step == 1.0:
             total = program.add(register, total)
         else:
-            total = program.fma(register, program.number(piece.step), total)
+            total = program.fma(register, program.number(pieces[0].step), total)
     for part in parts[1:] if is_merged else parts:
         total = program.add(total, program.tile(f"{part}.to({half.triton})"))
     return total

@@ -2,8 +2,8 @@
 
 `form_of` is what the text is made from; `pack_parts` brings stored parts into that form, once per weight. A minimum
 becomes a zero in units of codes: scale * code - minimum = scale * (code - minimum / scale). Scales and zeros of whole
-rows are float32. In groups they are float16, with one power of two for the whole weight taken out of the scales so
-that none leaves its range, and lie in pairs in 32-bit words, since nothing narrower is copied asynchronously:
+rows are float32. In groups they are float16, with a power of two for each output taken out of the scales so that none
+leaves its range, and lie in pairs in 32-bit words, since nothing narrower is copied asynchronously:
 
     for each block (or group, if that is longer)    s_0 s_1 .. z_0 z_1 ..    two to a word    [rows, words, outputs]
 """
@@ -27,6 +27,7 @@ from ptqc.codegen.gpu.lattices import (
 )
 from ptqc.codegen.gpu.levels import byte_planes, decode_floats, decode_table
 from ptqc.codegen.gpu.ptx import HALVES, Half
+from ptqc.codegen.gpu.scaled import SMALLEST, decode_scaled, is_scaled
 from ptqc.codegen.gpu.words import WordLayout, pack_words, unpack_words, word_layout
 from ptqc.spec import WeightSpec
 
@@ -46,8 +47,17 @@ __all__ = [
 OUTPUT_STEP = 128
 """Outputs are filled up to a multiple of this."""
 
+_SHORT_BLOCK, _FEW_ROWS = 128, 32
+"""Inputs and rows of blocks that are short because groups are: a step's loads and counters then weigh more."""
+
+_MOST_FIELDS = 4
+"""More fields than this, each with scales of its own, do not fit in registers beside sums for many rows."""
+
 _FARTHEST_ZERO = 32768.0
 """A zero farther from the codes than this (in steps) leaves nothing of them in 16 bits."""
+
+_SMALLEST_SCALE = 2.0**-100
+"""Outputs whose scales are all smaller are taken for zero, or nearly so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,8 @@ class WeightForm:
     before: tuple[str, ...] = ()
     """Lines before the loop."""
     words_type: str = "*i16"
+    is_scaled: bool = False
+    """True if the levels come out of `calls` multiplied by their scales (`ptqc.codegen.gpu.scaled`)."""
 
     @property
     def pointers(self) -> dict[str, str]:
@@ -91,7 +103,14 @@ class WeightForm:
             return "float32"
         if self.layout.block >= 256 and self.layout.words * 16 > 4 * self.layout.fields:
             return "planes"  # more than 4 bits in words of 256 inputs: a stage less, or only one program fits
-        return "table" if "planes_ptr" in self.tables else "arithmetic"
+        if "planes_ptr" in self.tables:
+            return "table"
+        has_sums = self.fields_per_scale is not None and not self.is_scaled
+        if self.layout.fields > _MOST_FIELDS:
+            return "sums of groups" if has_sums else "many fields"
+        if self.layout.block <= _SHORT_BLOCK and self.layout.rows <= _FEW_ROWS:
+            return "sums of short groups" if has_sums else "short blocks"
+        return "sums of groups" if has_sums else "arithmetic"
 
     @property
     def scales_per_row(self) -> int:
@@ -135,6 +154,9 @@ def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
         return WeightForm(
             spec, half, layout, shared, subtracted, functions, tuple(calls), tables=tables, before=tuple(before)
         )
+    if shared is not None and is_scaled(spec, dtype, group):
+        functions, calls = decode_scaled(layout, subtracted, shared)
+        return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls), is_scaled=True)
     functions, calls = decode_integers(layout, spec.bits, half, subtracted, shared or layout.fields)
     return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
 
@@ -211,24 +233,28 @@ def _transposed(scale: Tensor, outputs: int) -> Tensor:
 def _scale_words(
     scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int, outputs: int
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; the power of two taken out, [1]."""
-    norm = scale.new_ones(1)
+    """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; what outputs are multiplied by."""
+    norm = scale.new_ones(len(scale), 1)
     if form.half is not None:
-        # The largest scale goes to 2^14 .. 2^15; that changes no bit of the others unless they are 2^28 smaller.
-        norm = torch.exp2(scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny).log2().floor() - 14).view(1)
+        # The largest scale of an output goes to 2^14 .. 2^15; no bit of others changes unless they are 2^28 smaller.
+        norm = torch.exp2(scale.abs().amax(1, keepdim=True).clamp_min(_SMALLEST_SCALE).log2().floor() - 14)
+        scale = (scale / norm).to(torch.float16).float()
+    if form.is_scaled:
+        zero = None if zero is None else zero * scale * -SMALLEST
+        norm = norm / SMALLEST
     rows = -(-inputs // form.inputs_per_row)
     starts = torch.arange(rows * form.scales_per_row, device=scale.device) * (
         form.inputs_per_row // form.scales_per_row
     )
     groups = (starts // (form.spec.group or inputs)).clamp_max(scale.shape[1] - 1)
-    numbers = [scale / norm] if zero is None else [scale / norm, zero]
+    numbers = [scale] if zero is None else [scale, zero]
     spread = [number[:, groups].unflatten(1, (rows, form.scales_per_row)) for number in numbers]
     listed = torch.cat(spread, 2)
     if form.half is None:
         words = listed.view(torch.int32)
     else:
         words = pad(listed, (0, listed.shape[2] % 2)).to(torch.float16).view(torch.int32)
-    return _transposed(words.flatten(1), outputs), norm
+    return _transposed(words.flatten(1), outputs), _transposed(norm, outputs).flatten()
 
 
 def scales_of(named: Mapping[str, Tensor], form: WeightForm, inputs: int) -> Tensor:
@@ -240,7 +266,8 @@ def scales_of(named: Mapping[str, Tensor], form: WeightForm, inputs: int) -> Ten
     rows = listed.unflatten(1, (-(-inputs // form.inputs_per_row), -1))[:, :, : form.scales_per_row].flatten(1)
     step, group = form.inputs_per_row // form.scales_per_row, form.spec.group or inputs
     firsts = torch.arange(0, inputs, group, device=words.device) // step
-    scales: Tensor = rows[:, firsts].float() * named["norm_ptr"] / form.factor
+    norm = named["norm_ptr"][:, None] * (SMALLEST if form.is_scaled else 1.0)
+    scales: Tensor = rows[:, firsts].float() * norm / form.factor
     return scales
 
 

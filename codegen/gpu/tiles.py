@@ -37,8 +37,14 @@ class Device:
 
 
 _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
+_WIDE_LEAN = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2))
+"""Sums of one kind only leave registers for twice as many outputs in a warp, which read the inputs half as often."""
 TILES: dict[str, tuple[Tile, ...]] = {
-    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE_LEAN),
+    "many fields": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "short blocks": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4), *_WIDE_LEAN),
+    "sums of groups": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4, 240), *_WIDE),
     "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
     "planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
@@ -74,13 +80,15 @@ def tile_for(rows: int, decoding: str, capability: int) -> Tile:
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
-def split_of(tiles: int, blocks: int, device: Device) -> tuple[int, int]:
+def split_of(tiles: int, blocks: int, device: Device, warps: int) -> tuple[int, int]:
     """Runs into which the blocks of every tile are split, and blocks of a run: two programs for every processor.
 
-    >>> split_of(32, 32, Device(132, 0, 0))
+    Of programs of two warps it takes three to keep a processor busy.
+
+    >>> split_of(32, 32, Device(132, 0, 0), 4)
     (8, 4)
     """
-    wanted = max(1, 2 * device.processors // tiles)
+    wanted = max(1, max(2, 6 // warps) * device.processors // tiles)
     # Runs of one block would move more partial sums than weights.
     chunk = max(-(-blocks // wanted), min(2, blocks))
     return -(-blocks // chunk), chunk

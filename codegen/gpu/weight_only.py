@@ -7,10 +7,10 @@ the words of one block:
     words  [BN, rows]  once         f_j = level of field j      [BN, rows]
     x      [rows, BM]  per field    acc += scale * (f_0 @ x_0 + f_1 @ x_1 ..)
 
-Scales are applied to the product of the fields that share them, in float32. Programs: one for BN outputs and BM rows,
-times SPLIT runs of blocks. ROWS may be fewer than the rows of a block,
-which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a counter,
-adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
+Where levels do not come scaled from their decoder, scales are applied to the product of the fields that share them, in
+float32. Programs: one for BN outputs and BM rows, times SPLIT runs of blocks. ROWS may be fewer than the rows of a
+block, which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a
+counter, adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
 """
 
 import torch
@@ -197,6 +197,8 @@ def group_lines(form: WeightForm) -> list[str]:
     blocks = form.inputs_per_row // form.layout.block
     row = "block" if blocks == 1 else f"(block // {blocks})"
     lines = [f"v{i} = tl.load(s_ptr + ({row} * {words} + {i}) * NP + rn)" for i in range(words)]
+    if form.is_scaled:
+        return lines
     halves = ("low", "high") if per_word == 2 else ("full",)
     return lines + [f"{name} = {halves[i % per_word]}(v{i // per_word})" for i, name in enumerate(names)]
 
@@ -211,7 +213,7 @@ def _sum_lines(form: WeightForm, k: int) -> list[str]:
             inside += f" & ((x_from + {j * step} + rq * {form.stride}) < K)[:, None]"
         lines.append(f"x{j} = tl.load(x_tile + (x_from + {j * step}), mask={inside}, other=0.0)")
     for j in range(layout.fields):
-        if shared is None:
+        if shared is None or form.is_scaled:
             lines.append(f"acc = product_added(f{j}, x{j}, acc, EMULATED)")
             continue
         begins, ends = j % shared == 0, j % shared == shared - 1
@@ -224,15 +226,15 @@ def _sum_lines(form: WeightForm, k: int) -> list[str]:
 def _scale_lines(form: WeightForm) -> list[str]:
     if form.fields_per_scale is None:
         return ["acc = acc * tl.load(s_ptr + rn)[:, None]"]
-    return ["acc = acc * tl.load(norm_ptr)"]
+    return ["acc = acc * tl.load(norm_ptr + rn)[:, None]"]
 
 
 def _unpack_lines(form: WeightForm, kind: str) -> list[str]:
     layout, shared = form.layout, form.fields_per_scale
     step = 1 if form.stride > 1 else layout.rows
-    lines = ["norm = tl.load(norm_ptr)"] if shared is not None else ["s0 = tl.load(s_ptr + rn)[:, None]"]
+    lines = ["norm = tl.load(norm_ptr + rn)[:, None]"] if shared is not None else ["s0 = tl.load(s_ptr + rn)[:, None]"]
     for j in range(layout.fields):
-        scale = f"(s{j // shared} * norm)" if shared is not None else "s0"
+        scale = "s0" if shared is None else "norm" if form.is_scaled else f"(s{j // shared} * norm)"
         lines += [
             f"k = block * {layout.block} + {j * step} + rq * {form.stride}",
             f"tl.store(out_ptr + k[None, :] * NP + rn[:, None], (f{j}.to(tl.float32) * {scale}).to({kind}), "

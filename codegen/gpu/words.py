@@ -9,7 +9,8 @@ k = 8 * r + j), and the same rows of all fields share words:
 The words of all outputs lie side by side: stored [blocks * words * rows, outputs] int16. So a tile of words is read in
 runs of outputs, a tensor core gets its operand from it without a shuffle (two neighbouring rows fill a register of
 two 16-bit numbers), and one mask yields one field of both. Widths that do not divide 16 are cut into planes that do:
-3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; 7 is stored as 8.
+3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; 7 is stored as 8. Where the first plane has field j at bit b of its word q, the second
+has it at b + q * width: all fields of a word then meet their upper bits by the same shift.
 """
 
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def word_layout(bits: int, group: int | None) -> WordLayout | str:
     for width in planes:
         for field in range(fields):
             word, bit = divmod(field * width, 16)
+            if pieces[field]:
+                word, bit = 0, pieces[field][0].bit + pieces[field][0].word * width
             pieces[field].append(Piece(words + word, bit, width, base))
         words, base = words + fields * width // 16, base + width
     rows = min(_INPUTS_PER_BLOCK // fields, _MOST_ROWS)

@@ -51,6 +51,11 @@ def _add(name, a, b):
     return _packed(_pairs(np.atleast_1d(a), kind) + _pairs(np.atleast_1d(b), kind), kind)
 
 
+def _mul(name, a, b):
+    kind = name.rsplit(".", 1)[1]
+    return _packed(_pairs(np.atleast_1d(a), kind) * _pairs(np.atleast_1d(b), kind), kind)
+
+
 def _lop3(name, a, b, c, table):
     assert table == 0xEA
     return (a & b) | c
@@ -77,4 +82,5 @@ _OPERATIONS = {
     "prmt": _prmt,
     "fma": _fma,
     "add": _add,
+    "mul": _mul,
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.static_gates import Case, compile_around, measure
+from benchmarks._gates import Case, compile_around, variant_of
 from tests.targets.interpreted import needs_triton
 
 
@@ -13,7 +13,7 @@ from tests.targets.interpreted import needs_triton
 @pytest.mark.parametrize(("spec", "rows"), [("int4g128", 1), ("int4g128", 16), ("int4g64z", 16), ("nf4g64", 16)])
 def test_the_gates_hold(spec, rows, capability, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    row = measure(Case(spec, torch.float16, rows, capability))
+    row = variant_of(Case(spec, torch.float16, rows, capability)).measure()
     assert row.failures == ()
     assert row.matrices.startswith("HMMA" if capability == 80 else ("HGMMA", "HMMA"))
 
@@ -22,9 +22,9 @@ def test_the_gates_hold(spec, rows, capability, monkeypatch):
 @pytest.mark.slow
 def test_inputs_of_8_bits_use_their_tensor_cores(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    assert measure(Case("int8", torch.float16, 64, 90, "int8-token")).matrices.startswith("IGMMA")
-    assert measure(Case("int4g128", torch.float16, 16, 80, "int8-token")).matrices.startswith("IMMA")
-    assert measure(Case("fp8e4m3", torch.float16, 64, 90, "fp8e4m3-token")).matrices.startswith("QGMMA")
+    assert variant_of(Case("int8", torch.float16, 64, 90, "int8-token")).measure().matrices.startswith("IGMMA")
+    assert variant_of(Case("int4g128", torch.float16, 16, 80, "int8-token")).measure().matrices.startswith("IMMA")
+    assert variant_of(Case("fp8e4m3", torch.float16, 64, 90, "fp8e4m3-token")).measure().matrices.startswith("QGMMA")
 
 
 @needs_triton

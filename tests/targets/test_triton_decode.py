@@ -16,6 +16,8 @@ from tests.targets.ptx import run_ptx
 
 SPECS = ["int1", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "nf4", "fp4", "iq4nl", "e2m1",
          "fp8e4m3", "fp8e5m2", "int4z", "int2z", "int5z", "int8z", "int4f", "int8f"]  # fmt: skip
+SCALED = ["int1g64", "int2g64", "int3g64", "int4g32", "int4g64z", "int4g128f", "int5g64", "int6g64f", "int7g64",
+          "int8g128", "ternaryg64"]  # fmt: skip
 CALL = re.compile(r'inline_asm_elementwise\(\s*"""(.*?)""",\s*"(.*?)", \[(.*?)\], dtype', re.S)
 TILE = re.compile(r"\((?P<part>\w+)(?: - (?P<number>[0-9.]+))?\)\.to|(?P<bare>\w+)\.to")
 
@@ -55,20 +57,62 @@ def _numbers(register, half):
     return torch.from_numpy(register.view(np.int16).copy()).view(dtype).double().numpy()
 
 
+def some_codes(spec, layout):
+    """Codes [blocks, block]: all that there are, in all fields."""
+    codes = torch.arange(layout.block * 512) * 2654435761 >> 7
+    return (codes % (3 if spec.codebook == "ternary" else 1 << spec.bits)).to(torch.uint8).view(-1, layout.block)
+
+
+def words_of(codes, layout):
+    """The words of codes, [words, n] int16."""
+    packed = pack_words(codes.reshape(1, -1), layout, 1).view(len(codes), layout.words, layout.rows)
+    return packed.transpose(0, 1).reshape(layout.words, -1).contiguous().numpy()
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_programs_round_once(name):
+    spec = WeightSpec.parse(name)
+    form = form_of(spec, 4096, torch.float16)
+    assert form.is_scaled
+    layout, scales = form.layout, form.scales_per_row
+    codes = some_codes(spec, layout)
+    words = words_of(codes, layout)
+    scale = np.array([16411.0 + 1504 * i / scales for i in range(scales)]).astype(np.float16)
+    zero = np.array([form.subtracted.constant] * scales, float) if spec.zero == "none" else np.arange(scales) + 5.4375
+    minus = (-zero * scale * 2.0**-24).astype(np.float16)
+    halves = [*scale, *(() if spec.zero == "none" else minus)]
+    pairs = np.array([*halves, *[0] * (len(halves) % 2)], np.float16).view(np.uint32)
+    for j, (text, constraints, names) in enumerate(CALL.findall(form.functions)):
+        registers = []
+        for kind, index in re.findall(r"([wv])(\d+)", names):
+            word = np.concatenate([words[int(index)]] * 2).view(np.uint32) if kind == "w" else pairs[int(index)]
+            registers += [word] if kind == "w" else [word, word]
+        (result,) = run_ptx(text, constraints.count("="), registers)
+        at = j // form.fields_per_scale
+        code = codes.view(-1, layout.fields, layout.rows)[:, j].flatten().double().numpy()
+        exact = code * 2.0**-24 * float(scale[at]) + float(minus[at])
+        np.testing.assert_array_equal(_numbers(result, form.half)[: len(code)], exact.astype(np.float16).astype(float))
+
+
+def test_what_is_scaled_in_the_decoder():
+    def is_scaled(name, dtype=torch.float16):
+        return form_of(WeightSpec.parse(name), 4096, dtype).is_scaled
+
+    assert not is_scaled("int4g64", torch.bfloat16)  # 8 bits are too few for a scale
+    assert not is_scaled("int8g64z")  # zeros of wide codes stay exact
+    assert not is_scaled("int4") and not is_scaled("nf4g64")
+
+
 @pytest.mark.parametrize("dtype", list(HALVES))
 @pytest.mark.parametrize("name", SPECS)
 def test_programs_give_the_levels(name, dtype):
     spec = WeightSpec.parse(name)
     form = form_of(spec, 4096, dtype)
     assert not isinstance(form, str)
-    rows = 2 * 256 * form.layout.rows // form.layout.rows
-    codes = torch.arange(form.layout.fields * form.layout.rows * rows) * 2654435761 >> 7
-    codes = (codes % (3 if spec.codebook == "ternary" else 1 << spec.bits)).to(torch.uint8)
-    codes = codes.view(-1, form.layout.block)
+    codes = some_codes(spec, form.layout)
     if spec.book is not None and spec.book.float_dtype is not None:
         codes = torch.where(codes.view(spec.book.float_dtype).float().isfinite(), codes, 0)
-    packed = pack_words(codes.reshape(1, -1), form.layout, 1).view(len(codes), form.layout.words, form.layout.rows)
-    words = packed.transpose(0, 1).reshape(form.layout.words, -1).contiguous().numpy()
+    words = words_of(codes, form.layout)
     zero = {"none": 0.0, "int": 11.0 if spec.bits > 2 else 3.0, "float": 6.71875}[spec.zero]
     got = decoded(form, words, zero)[:, : words.shape[1]]
     stored = codes.view(spec.book.float_dtype) if spec.book and spec.book.float_dtype else codes

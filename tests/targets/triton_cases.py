@@ -11,7 +11,7 @@ import torch
 
 from ptqc import storage
 from ptqc.act_spec import ActSpec
-from ptqc.activations import static_scale
+from ptqc.activations import quantize_input, static_scale
 from ptqc.codegen.build import kernel_for
 from ptqc.fusions import apply_fusions, fusion, narrows
 from ptqc.methods import METHODS, quantize_weight
@@ -50,7 +50,10 @@ def operands_of(request, rows, generator):
 
 
 def run(case):
-    """Which target served the case, its relative error, and whether a second run gave the same bits."""
+    """Which target served the case, its relative error, and whether a second run gave the same bits.
+
+    rounding: the error against float64 of the input as it was quantized, which leaves that of the kernel alone.
+    """
     generator = torch.Generator().manual_seed(0)
     spec, dtype = WeightSpec.parse(case["spec"]), getattr(torch, case["dtype"])
     act = ActSpec.parse(case.get("act", "float"))
@@ -66,8 +69,20 @@ def run(case):
     got = kernel(x, parts, [*before, *given, *after])
     again = kernel(x, parts, [*before, *given, *after])
     exact = apply_fusions(request.epilogue, entered @ weight.T, after)
-    error = float((got.double() - exact).norm() / exact.norm())
-    return {"target": kernel.target, "error": error, "same": torch.equal(got, again), "shape": list(got.shape)}
+    quantized = entered
+    if act.dtype is not None:
+        codes, scale = quantize_input(entered.to(dtype), act, *given)
+        quantized = codes.double() * scale.double()
+    rounded = apply_fusions(request.epilogue, quantized @ weight.T, after)
+    return {
+        "target": kernel.target, "error": relative(got, exact), "rounding": relative(got, rounded),
+        "same": torch.equal(got, again), "shape": list(got.shape),
+    }  # fmt: skip
+
+
+def relative(got, exact):
+    """The relative error of a result."""
+    return float((got.double() - exact).norm() / exact.norm())
 
 
 if __name__ == "__main__":
