@@ -25,7 +25,7 @@ from ptqc.recipe import load_recipe
 from ptqc.surroundings import Surroundings
 from ptqc.texts import read_any_documents
 from tests.export._folders import act_order, rounded
-from tests.export._models import small_model
+from tests.export._models import EXPERTS, small_model
 from tests.export.test_gguf_tokenizer import byte_level
 from tests.hostile.damage import NUMBERS, WORDS, damaged_bytes, damaged_json
 from tests.hostile.safetensors import Folder, write_files
@@ -227,8 +227,9 @@ def _gguf_parser(path: Path) -> Attack:
 def _gguf_model(path: Path) -> Attack:
     """Whole models: half of the cases change bytes, half write a sound file that says something else."""
     sounds = []
-    for number, quant in enumerate(("Q4_0", "F32")):
-        model = small_model(vocab_size=700, num_hidden_layers=1)
+    kinds = (("Llama", "Q4_0"), ("Llama", "F32"), ("Mixtral", "Q4_0"), ("GPT2", "Q4_0"))
+    for number, (family, quant) in enumerate(kinds):
+        model = small_model(family, vocab_size=700, num_hidden_layers=1, **(EXPERTS if family == "Mixtral" else {}))
         export(model, "gguf", path / f"full{number}.gguf", quant=quant, tokenizer=byte_level())
         sounds.append(gguf.GGUFReader(path / f"full{number}.gguf"))
     file = path / "case.gguf"
@@ -249,7 +250,7 @@ def rewritten(reader: gguf.GGUFReader, target: Path, rng: Random | None = None) 
     """A copy without a tokenizer; rng: with other metadata and tensors, written as a sound file."""
     fields = {name: field for name, field in reader.fields.items() if not name.startswith(("GGUF.", "tokenizer."))}
     chosen = rng.sample(sorted(fields), rng.choice((0, 1, 1, 2))) if rng is not None else ()
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, fields["general.architecture"].contents())
     for name, field in fields.items():
         if name != "general.architecture":
             kind, content = field.types[0], field.contents()
