@@ -97,7 +97,7 @@ def _around(peak: float, reach: float, steps: int) -> tuple[float, ...]:
 
 _FINE = ((0.0, 0.0), *((below / 5 + 0.1, above / 5 + 0.1) for below in range(-3, 3) for above in range(-3, 3)))
 _WIDE = (*((below / 4, above / 4) for below in range(-1, 4) for above in range(-1, 4)), (1.2, 1.2))
-_FEW = ((0.1, 0.1), (0.5, -0.1), (-0.1, 0.5))
+_FEW = ((0.0, 0.3), (0.3, 0.0))
 _TERNARY = tuple(1 + step / 4 for step in range(12))
 _STEPS = (-0.5, -0.1, 0.3, 0.7)
 _SOME = tuple((a, b) for a in _STEPS for b in _STEPS if -0.9 < a + b < 1.1 and abs(a - b) < 1.1)

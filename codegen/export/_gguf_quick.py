@@ -7,7 +7,7 @@ shift of 16-bit integers; the sums that say how good a candidate is are exact, w
     sum(l * u), sum(l * l), sum(l)
 
 The best scale and minimum for the best candidate are stored as float16, and levels are chosen for them once more.
-There are no turns: with this many candidates they lower the error by a thousandth.
+There are no turns: another candidate lowers the error as much, in less time.
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ def test_it_is_nearly_as_good_as_the_search_in_floats(name, tails):
     weights = np.random.default_rng(0).standard_t(tails, (64, 512)).astype(np.float32)
     quick = error(_QUICK[name].run(weights), name, weights)
     full = error(_SEARCHES[name].run(weights, None), name, weights)
-    assert quick.sum() < 1.06 * full.sum()
+    assert quick.sum() < 1.07 * full.sum()
 
 
 @pytest.mark.parametrize("name", NAMES)
