@@ -230,7 +230,7 @@ def _scaled_lines(request: KernelRequest, form: WeightForm, i: int) -> list[str]
 def _after_lines(request: KernelRequest, form: WeightForm) -> list[str]:
     lines = ["y = acc.to(tl.float32)"]
     if form.fields_per_scale is not None:
-        lines.append("y = y * tl.load(norm_ptr + rn)[:, None]")
+        lines.append("y = y * tl.load(norm_ptr)")
     else:
         if form.subtracted.is_tile:
             lines += [

@@ -2,8 +2,9 @@
 
 `form_of` is what the text is made from; `pack_parts` brings stored parts into that form, once per weight. A minimum
 becomes a zero in units of codes: scale * code - minimum = scale * (code - minimum / scale). Scales and zeros of whole
-rows are float32. In groups they are float16, with a power of two for each output taken out of the scales so that none
-leaves its range, and lie in pairs in 32-bit words, since nothing narrower is copied asynchronously:
+rows are float32. In groups they are float16, with a power of two taken out of the scales (of each output, where the
+decoder applies them) so that none leaves its range, and lie in pairs in 32-bit words, since nothing narrower is copied
+asynchronously:
 
     for each block (or group, if that is longer)    s_0 s_1 .. z_0 z_1 ..    two to a word    [rows, words, outputs]
 """
@@ -234,10 +235,11 @@ def _scale_words(
     scale: Tensor, zero: Tensor | None, form: WeightForm, inputs: int, outputs: int
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; what outputs are multiplied by."""
-    norm = scale.new_ones(len(scale), 1)
+    norm = scale.new_ones(1, 1)
     if form.half is not None:
-        # The largest scale of an output goes to 2^14 .. 2^15; no bit of others changes unless they are 2^28 smaller.
-        norm = torch.exp2(scale.abs().amax(1, keepdim=True).clamp_min(_SMALLEST_SCALE).log2().floor() - 14)
+        # The largest scale goes to 2^14 .. 2^15; no bit of others changes unless they are 2^28 smaller.
+        largest = scale.abs().amax(1, keepdim=True) if form.is_scaled else scale.abs().amax().view(1, 1)
+        norm = torch.exp2(largest.clamp_min(_SMALLEST_SCALE).log2().floor() - 14)
         scale = (scale / norm).to(torch.float16).float()
     if form.is_scaled:
         zero = None if zero is None else zero * scale * -SMALLEST
@@ -254,7 +256,7 @@ def _scale_words(
         words = listed.view(torch.int32)
     else:
         words = pad(listed, (0, listed.shape[2] % 2)).to(torch.float16).view(torch.int32)
-    return _transposed(words.flatten(1), outputs), _transposed(norm, outputs).flatten()
+    return _transposed(words.flatten(1), outputs), (_transposed(norm, outputs) if form.is_scaled else norm).flatten()
 
 
 def scales_of(named: Mapping[str, Tensor], form: WeightForm, inputs: int) -> Tensor:

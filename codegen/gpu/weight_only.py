@@ -226,13 +226,17 @@ def _sum_lines(form: WeightForm, k: int) -> list[str]:
 def _scale_lines(form: WeightForm) -> list[str]:
     if form.fields_per_scale is None:
         return ["acc = acc * tl.load(s_ptr + rn)[:, None]"]
-    return ["acc = acc * tl.load(norm_ptr + rn)[:, None]"]
+    return [f"acc = acc * {_norm(form)}"]
+
+
+def _norm(form: WeightForm) -> str:
+    return "tl.load(norm_ptr + rn)[:, None]" if form.is_scaled else "tl.load(norm_ptr)"
 
 
 def _unpack_lines(form: WeightForm, kind: str) -> list[str]:
     layout, shared = form.layout, form.fields_per_scale
     step = 1 if form.stride > 1 else layout.rows
-    lines = ["norm = tl.load(norm_ptr + rn)[:, None]"] if shared is not None else ["s0 = tl.load(s_ptr + rn)[:, None]"]
+    lines = [f"norm = {_norm(form)}"] if shared is not None else ["s0 = tl.load(s_ptr + rn)[:, None]"]
     for j in range(layout.fields):
         scale = "s0" if shared is None else "norm" if form.is_scaled else f"(s{j // shared} * norm)"
         lines += [
