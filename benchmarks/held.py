@@ -68,7 +68,8 @@ def live_bytes():
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta]
+        found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+    found = [tensor for tensor in found if tensor.layout == torch.strided and not tensor.is_meta]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
 
 

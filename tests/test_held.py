@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-import warnings
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import ptqc
+from benchmarks.held import live_bytes
 from ptqc import backend
 from ptqc.codegen.cpp.isa import running_isa
 from ptqc.codegen.cpp.toolchain import compiler, missing_tools
@@ -67,18 +67,6 @@ def same(net, parts):
         for name, weight in weights(net).items()
         for part, tensor in weight.tensors.items()
     )
-
-
-def live_bytes():
-    """Bytes of all tensors there are, each storage once."""
-    gc.collect()
-    storages = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for found in gc.get_objects():
-            if type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta:
-                storages[found.untyped_storage()._cdata] = found.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def compiled(net, *inputs, **options):
