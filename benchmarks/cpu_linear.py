@@ -147,9 +147,12 @@ def plot(rows, path):
             axis.plot(*zip(*points, strict=True), marker="o", label=side)
         axis.axhline(16 / BITS, color="grey", linestyle=":", label="16 / 4.5 bits of memory")
         axis.set(title=f"{n}x{k}, {threads} thread(s)", xlabel="rows", xscale="log", yscale="log")
+        axis.set_xticks(sorted(base), [str(count) for count in sorted(base)], minor=False)
+        axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("times as fast as bfloat16")
-    axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=7, fontsize="small", frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=120)
 
 

@@ -181,6 +181,10 @@ class QuantTensor(torch.Tensor):
             return self.slots["codes"], 0
         return self.held.prepared[0], self.held.order.first
 
+    def as_stored(self) -> "QuantTensor":
+        """For readers who come back many times: itself, or a weight over parts made anew where some were given up."""
+        return self.with_parts(self.parts) if self.given_up else self
+
     def give_up(self, held: Held) -> None:
         """Hold the parts that `held` names only as a kernel reads them from now on."""
         self._hold(held, held.order.names)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from collections import Counter
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch.nn import functional
 
 import ptqc
 from benchmarks.held import live_bytes
-from ptqc import backend
+from ptqc import backend, ops
 from ptqc.codegen.cpp.isa import running_isa
 from ptqc.codegen.cpp.toolchain import compiler, missing_tools
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
 from tests.cpp._run import random_parts
+from tests.export._models import small_model
+from tests.export.test_gguf_tokenizer import byte_level
 
 pytestmark = pytest.mark.skipif(
     isinstance(running_isa(), str) or missing_tools(compiler(), running_isa()) is not None, reason="no C++ compiler"
@@ -272,3 +275,21 @@ def test_inference_mode():
     x = x_of().requires_grad_()
     net(x).sum().backward()
     assert x.grad is not None and torch.equal(net(x_of()), eager)
+
+
+def test_exporting_puts_the_codes_of_a_weight_in_order_once(tmp_path, monkeypatch):
+    model = small_model("Llama", vocab_size=700, num_hidden_layers=1)
+    ptqc.quantize(model, "rtn", spec="int4g32", progress=False)
+    ptqc.export(model, "gguf", tmp_path / "before.gguf", quant="Q4_0", tokenizer=byte_level())
+    compiled(model, torch.arange(8)[None])
+    restored = Counter()
+
+    def counting(prepared, order, part):
+        restored[prepared[0].data_ptr(), order, part] += 1
+        return restore(prepared, order, part)
+
+    restore = ops.restore
+    monkeypatch.setattr(ops, "restore", counting)
+    ptqc.export(model, "gguf", tmp_path / "after.gguf", quant="Q4_0", tokenizer=byte_level())
+    assert {count for (*_, part), count in restored.items() if part == "codes"} == {1}
+    assert (tmp_path / "after.gguf").read_bytes() == (tmp_path / "before.gguf").read_bytes()

@@ -101,7 +101,10 @@ def carried(weight: Tensor, kind: BlockType) -> Carried | None:
 
 
 def _read(weight: QuantTensor) -> tuple[Tensor, Tensor | None]:
-    return storage.decode_scales(weight.parts, weight.spec, weight.stored_shape)
+    """Scales and zeros; codes are left alone, which a compiled model would have to put in order first."""
+    names = [name for name in storage.part_names(weight.spec) if name != "codes"]
+    parts = {name: getattr(weight, name) for name in names}
+    return storage.decode_scales(parts, weight.spec, weight.stored_shape)
 
 
 def _way(spec: WeightSpec, target: WeightSpec, columns: int) -> _Way | None:

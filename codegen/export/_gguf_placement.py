@@ -88,7 +88,7 @@ class Placement:
 
     def _whole(self) -> Tensor:
         if isinstance(self.weight, QuantTensor):
-            weight = self.weight.detach().cpu()
+            weight = self.weight.as_stored().detach().cpu()
             return weight if weight.ndim == 2 else weight.dequantize().reshape(-1, weight.shape[-1])
         *lead, columns, rows = self.weight.shape
         values = self.read(self.name, 0, math.prod(lead) * columns)
