@@ -63,14 +63,18 @@ def random_weight(spec, shape, seeded):
     return QuantTensor(parts, spec, shape, torch.float32)
 
 
-def live_bytes():
-    """Bytes of all tensors, each storage once."""
+def live_tensors():
+    """Every tensor of this process that has memory."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
-    found = [tensor for tensor in found if tensor.layout == torch.strided and not tensor.is_meta]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
+    return [tensor for tensor in found if tensor.layout == torch.strided and not tensor.is_meta]
+
+
+def live_bytes():
+    """Bytes of all tensors, each storage once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in live_tensors()}.values())
 
 
 def resident():

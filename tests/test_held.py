@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import ptqc
-from benchmarks.held import live_bytes
+from benchmarks.held import live_bytes, live_tensors
 from ptqc import backend, ops
 from ptqc.codegen.cpp.isa import running_isa
 from ptqc.codegen.cpp.toolchain import compiler, missing_tools
@@ -89,6 +89,9 @@ def _fresh(monkeypatch):
     """Graphs run as they are lowered: what Inductor makes of the rest has tests of its own."""
     torch._dynamo.reset()
     monkeypatch.setattr(backend, "compile_fx", lambda module, inputs, config_patches=None: module)
+    others = live_tensors()  # what earlier tests have left must not go while a test counts
+    yield
+    del others
 
 
 @pytest.mark.parametrize(
