@@ -29,7 +29,7 @@ from ptqc.codegen.build import kernel_for
 from ptqc.errors import PtqcError
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
-from ptqc.storage import Codes, decode, encode
+from ptqc.storage import Codes, decode, encode, part_names
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TINY = {"qkv": (192, 256), "down": (128, 512)}
@@ -156,8 +156,6 @@ def our_candidate(name: str, act: str, n: int, k: int, dtype: torch.dtype, bench
         print(f"  {name} {act}: served by {kernel.target}: {kernel.refusals}")
         return None
     parts = random_parts(spec, n, k, bench.device)
-    from ptqc.storage import part_names
-
     exact = decode(dict(zip(part_names(spec), parts, strict=True)), spec, (n, k), torch.float32)
     prepared = kernel.layout.prepare(parts)
     size = sum(part.numel() * part.element_size() for part in prepared)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptqc.attention import Attend, AttentionRequest
-from ptqc.codegen.cpp.attention import attention_source
+from ptqc.codegen.cpp.attention import SIZES, attention_source
 from ptqc.codegen.cpp.isa import Isa, running_isa
 from ptqc.codegen.cpp.toolchain import compile_library, compiler, missing_tools
 
@@ -76,7 +76,7 @@ class _Launch:
         pieces = max(1, min(keys // _PIECE, -(-16 // (batch * key_heads))))
         rows = batch * heads * queries
         work = torch.empty(rows * pieces * (self._value_features + 2), dtype=torch.float32)
-        sizes = (ctypes.c_long * 19)(
+        sizes = (ctypes.c_long * len(SIZES))(
             batch, key_heads, heads // key_heads, queries, keys, pieces,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen,
         )  # fmt: skip

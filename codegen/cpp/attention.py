@@ -12,7 +12,7 @@ import torch
 from ptqc.attention import AttentionRequest
 from ptqc.codegen.cpp.epilogue import EXPONENTIAL
 from ptqc.codegen.cpp.isa import Isa, vectors
-from ptqc.codegen.cpp.source import MEMORY, NUMBERS
+from ptqc.codegen.cpp.source import KINDS, MEMORY, NUMBERS
 
 __all__ = ["SIZES", "attention_source"]
 
@@ -23,7 +23,6 @@ SIZES = (
 )  # fmt: skip
 """What the kernel is told, in order: heads of keys, queries' heads that share one, strides in elements."""
 
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASKS = {
     None: ("0.f", "true"),
     torch.bool: ("0.f", "((const uint8_t *)j.mask)[at]"),
@@ -199,7 +198,7 @@ def attention_source(request: AttentionRequest, isa: Isa) -> str:
     bias, seen = _MASKS[request.mask]
     lanes = ", ".join(map(str, range(isa.lanes)))
     text = _TEXT.format(
-        head=request.head_features, value=request.value_features, kind=_KINDS[request.dtype],
+        head=request.head_features, value=request.value_features, kind=KINDS[request.dtype],
         sizes=", ".join(SIZES), bias=bias, seen=seen,
         arguments=", ".join(f"sizes[{index}]" for index in range(len(SIZES))),
     )  # fmt: skip

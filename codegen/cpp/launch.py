@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ptqc.codegen.cpp.source import KINDS
 from ptqc.codegen.cpp.toolchain import compile_library
 
 __all__ = ["Launch"]
 
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 _OTHER_KINDS = {torch.float64: torch.float32, torch.int64: torch.int32}
 _WORTH_A_THREAD = 1 << 19
 """Products: what takes one thread as long as waking another."""
@@ -48,7 +48,7 @@ class Launch:
         threads = max(1, min(torch.get_num_threads(), rows * self._products // _WORTH_A_THREAD))
         work = torch.empty(rows * self._row_bytes + threads * self._thread_bytes, dtype=torch.uint8)
         held = [_readable(operand) for operand in operands]
-        pairs = [value for operand in held for value in (operand.data_ptr(), _KINDS[operand.dtype])]
+        pairs = [value for operand in held for value in (operand.data_ptr(), KINDS[operand.dtype])]
         self._run(
             x.data_ptr(), result.data_ptr(), work.data_ptr(), *[part.data_ptr() for part in parts],
             (ctypes.c_long * len(pairs))(*pairs), self._sizes, rows, threads,
@@ -63,6 +63,6 @@ class Launch:
 
 def _readable(operand: Tensor) -> Tensor:
     """An operand as the kernel reads it: dense, of a type that it knows."""
-    if operand.dtype in _KINDS and operand.is_contiguous():
+    if operand.dtype in KINDS and operand.is_contiguous():
         return operand
     return operand.to(_OTHER_KINDS.get(operand.dtype, operand.dtype)).contiguous()

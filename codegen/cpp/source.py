@@ -14,8 +14,10 @@ from ptqc.codegen.cpp.tiles import float_tile, integer_tile, level_bytes, number
 from ptqc.fusions import narrows
 from ptqc.requests import KernelRequest
 
-__all__ = ["MEMORY", "NUMBERS", "WRITE", "Plan", "plan", "source"]
+__all__ = ["KINDS", "MEMORY", "NUMBERS", "Plan", "plan", "source"]
 
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
+"""What texts call a type."""
 MEMORY = """\
 struct Operand { const void *data; long kind; };  // 0: float32, 1: float16, 2: bfloat16, 3: int32
 template <int KIND> static inline vf read_full(const void *p, long at) {
@@ -66,7 +68,7 @@ static inline void write_full(Number *p, vf v) {  // to nearest, ties to even; N
 }
 """,
 }
-WRITE = """\
+_WRITE = """\
 static inline void write(Number *p, vf v, long count) {
     if (count >= L) return write_full(p, v);
     Number lanes[L];
@@ -195,7 +197,7 @@ def source(plan: Plan) -> str:
         "#include <omp.h>\n", vectors(isa.lanes),
         *(f"constexpr int {name} = {value};\n" for name, value in constants.items()),
         "#define PREFETCH(p) __builtin_prefetch((p) + 1024)\n",
-        isa.functions, MEMORY, NUMBERS[request.dtype], WRITE, _JOB, FUNCTIONS, product,
+        isa.functions, MEMORY, NUMBERS[request.dtype], _WRITE, _JOB, FUNCTIONS, product,
         epilogue(request.epilogue, first), tile, _RUN.format(loops=_loops(isa)),
     ))  # fmt: skip
 

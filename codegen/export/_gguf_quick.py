@@ -10,6 +10,7 @@ The best scale and minimum for the best candidate are stored as float16, and lev
 There are no turns: another candidate lowers the error as much, in less time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptqc.codegen.export._gguf_layouts import Fields
 from ptqc.codegen.export._gguf_levels import Levels, half, inverse, whole
-from ptqc.codegen.export._gguf_search import Search, Sums, solve
+from ptqc.codegen.export._gguf_search import Search, Sums, best_of, solve
 
 __all__ = ["LARGEST_BIAS", "LARGEST_FACTOR", "UNITS", "QuickSearch"]
 
@@ -53,7 +54,7 @@ class QuickSearch:
         low, span = self._ends(w)
         units = w - low if self.has_minimum else w
         u = whole(units * inverse(span) * np.float32(UNITS), -UNITS, UNITS).astype(np.int16)
-        fit = solve(self._best(u), is_nested=False)
+        fit = solve(best_of(self._candidates(u), is_nested=False), is_nested=False)
         step = span * np.float32(1 / UNITS)
         scale = half(fit.scale * step)
         offset = half(low - fit.minimum * step) if fit.minimum is not None else low
@@ -76,22 +77,12 @@ class QuickSearch:
             return low, high - low
         return np.zeros_like(low), np.where(-low > high, low, high)
 
-    def _best(self, u: Shorts) -> Sums:
-        best, most = None, None
+    def _candidates(self, u: Shorts) -> Iterator[Sums]:
         total, one = self._sum(u), np.full(1, len(u), np.float32)
         for factor, bias in self.candidates:
             levels = self._levels(u, np.int16(factor), np.int16(bias))
             sums = Sums(self._sum(levels * u.astype(np.int32)), self._sum(levels * levels))
-            if self.has_minimum:
-                sums = Sums(sums.wl, sums.ll, self._sum(levels), total, one)
-            gain = sums.gain(solve(sums, is_nested=False))
-            if best is None or most is None:
-                best, most = sums, gain
-                continue
-            best.replace(sums, gain > most)
-            most = np.maximum(gain, most)
-        assert best is not None
-        return best
+            yield Sums(sums.wl, sums.ll, self._sum(levels), total, one) if self.has_minimum else sums
 
     def _levels(self, u: Shorts, factor: NDArray[np.int16] | np.int16, bias: NDArray[np.int16] | np.int16) -> Shorts:
         scaled = ((u.astype(np.int32) * factor + (1 << 14)) >> 15).astype(np.int16)

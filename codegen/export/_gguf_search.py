@@ -15,7 +15,7 @@ the output. Without importance v is 1.
 Weights are held as [group, weight, row]: sums run along whole rows, and NumPy works at the speed of the cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from ptqc.codegen.export._gguf_layouts import Fields
 from ptqc.codegen.export._gguf_levels import HALF_MAX, TINY, Levels, half, inverse, whole
 from ptqc.spec import WeightSpec
 
-__all__ = ["PEAKS_OF_SCALES", "Fit", "Search", "Sums", "largest_magnitude", "solve"]
+__all__ = ["PEAKS_OF_SCALES", "Fit", "Search", "Sums", "best_of", "largest_magnitude", "solve"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -78,6 +78,20 @@ def solve(sums: Sums, is_nested: bool) -> Fit:
         minimum = _pick(is_even, np.maximum(minimum, 0), 0 * minimum)
         minimum = _pick((sums.ll == 0) & (sums.w < 0), -sums.w / sums.one, minimum)
     return Fit(scale, minimum)
+
+
+def best_of(candidates: Iterable[Sums], is_nested: bool) -> Sums:
+    """The sums that explain most, group by group; the first of them is written to."""
+    best, most = None, None
+    for sums in candidates:
+        gain = sums.gain(solve(sums, is_nested))
+        if best is None or most is None:
+            best, most = sums, gain
+            continue
+        best.replace(sums, gain > most)
+        most = np.maximum(gain, most)
+    assert best is not None
+    return best
 
 
 @dataclass(frozen=True)
@@ -174,17 +188,7 @@ class _Task:
 
     def best_of(self, candidates: Iterator[Floats]) -> Sums:
         """The sums of the candidate that explains most."""
-        best, most = None, None
-        for values in candidates:
-            sums = self.sums(self.levels.nearest(values))
-            gain = sums.gain(solve(sums, self.is_nested))
-            if best is None or most is None:
-                best, most = sums, gain
-                continue
-            best.replace(sums, gain > most)
-            most = np.maximum(gain, most)
-        assert best is not None
-        return best
+        return best_of((self.sums(self.levels.nearest(values)) for values in candidates), self.is_nested)
 
     def _values_at(self, fit: Fit) -> Floats:
         values = self._values

@@ -3,7 +3,6 @@
 import struct
 import tracemalloc
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,31 +10,16 @@ from hypothesis import strategies as st
 
 from ptqc.codegen.export._gguf_parse import parse
 from ptqc.errors import CheckpointError
-
-
-def sound(path):
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint32("a.number", 7)
-    writer.add_float32("a.float", 0.5)
-    writer.add_bool("a.flag", True)
-    writer.add_array("a.words", ["one", "two", "three"])
-    writer.add_array("a.numbers", [1, 2, 3])
-    writer.add_tensor("first", np.arange(64, dtype=np.float32).reshape(2, 32))
-    writer.add_tensor("second", np.zeros((2, 18), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
+from tests.export._gguf_files import written
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return sound(tmp_path_factory.mktemp("sound") / "sound.gguf")
+    return written(tmp_path_factory.mktemp("sound") / "sound.gguf")
 
 
 def test_a_sound_file(tmp_path):
-    sound(tmp_path / "s.gguf")
+    written(tmp_path / "s.gguf")
     found = parse(tmp_path / "s.gguf")
     assert found.metadata["a.number"] == 7 and found.metadata["a.flag"] is True
     assert found.metadata["a.words"] == ["one", "two", "three"]

@@ -25,6 +25,7 @@ from ptqc.recipe import load_recipe
 from ptqc.surroundings import Surroundings
 from ptqc.texts import read_any_documents
 from tests.export._folders import act_order, rounded
+from tests.export._gguf_files import finished, written
 from tests.export._models import EXPERTS, small_model
 from tests.export.test_gguf_tokenizer import byte_level
 from tests.hostile.damage import NUMBERS, WORDS, damaged_bytes, damaged_json
@@ -187,28 +188,8 @@ def _state_dict(path: Path) -> Attack:
 # -------------------------------------------------------------------- GGUF
 
 
-def _gguf_bytes(path: Path) -> bytes:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint32("a.number", 7)
-    writer.add_float32("a.float", 0.5)
-    writer.add_bool("a.flag", True)
-    writer.add_array("a.words", ["one", "two", "three"])
-    writer.add_array("a.numbers", [1, 2, 3])
-    writer.add_tensor("first", np.arange(64, dtype=np.float32).reshape(2, 32))
-    writer.add_tensor("second", np.zeros((2, 18), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    return _written(writer, path)
-
-
-def _written(writer: gguf.GGUFWriter, path: Path) -> bytes:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
-
-
 def _gguf_parser(path: Path) -> Attack:
-    data = _gguf_bytes(path / "sound.gguf")
+    data = written(path / "sound.gguf")
     file = path / "case.gguf"
 
     def attack(rng: Random) -> Callable[[], object]:
@@ -278,7 +259,7 @@ def rewritten(reader: gguf.GGUFReader, target: Path, rng: Random | None = None) 
                     data = np.frombuffer(data.tobytes(), np.uint8).reshape(len(data), -1)
                     kind = gguf.GGMLQuantizationType.I8
         writer.add_tensor(name, data, raw_dtype=kind)
-    return _written(writer, target)
+    return finished(writer, target)
 
 
 def _other(rng: Random, kind: gguf.GGUFValueType, content: Any) -> tuple[gguf.GGUFValueType, Any]:
