@@ -7,7 +7,7 @@ for whoever asks (`QuantTensor.parts`). Several weights may lie in one prepared 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -83,6 +83,11 @@ class Order:
     def restore(self, name: str, prepared: Sequence[Tensor]) -> Tensor:
         """A part that was given up."""
         return self.layout.restore(name, prepared, self.first, self.shape[0])
+
+    def of_rows(self, first: int, rows: int | None) -> "Order":
+        """Where `rows` of its rows from `first` on lie; None: all of them that follow."""
+        count = self.shape[0] - first if rows is None else rows
+        return replace(self, first=self.first + first, shape=(count, self.shape[1]))
 
     @property
     def part_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -162,6 +162,7 @@ def test_torch_save_and_load_with_weights_only(models):
     assert torch.equal(loaded["conv1d.weight"], model.conv1d.weight.data)
     assert loaded["conv1d.weight"].is_transposed
     assert isinstance(pickle.loads(pickle.dumps(model.experts.data)), QuantTensor)
+    assert b"cptqc.qtensor\n_rebuild\n" in pickle.dumps(model.experts.data, protocol=2)  # as in files there are
 
 
 def test_gradient_reaches_the_activation(models):

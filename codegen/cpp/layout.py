@@ -201,8 +201,9 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _rows_of(blocks: Tensor, columns: Tensor) -> Tensor:
-    """Values [columns, groups, ..] of some columns. blocks: [n / 16, groups, 16, ..]."""
-    return blocks.movedim(2, 1).flatten(0, 1)[columns]
+    """Values [columns, groups, ..] of some columns. blocks: [n / 16, groups, 16, ..], read where columns lie alone."""
+    first, last = int(columns.min()) // COLUMNS, int(columns.max()) // COLUMNS
+    return blocks[first : last + 1].movedim(2, 1).flatten(0, 1)[columns - first * COLUMNS]
 
 
 def _by_columns(values: Tensor) -> Tensor:
