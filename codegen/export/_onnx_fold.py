@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ptqc import hadamard, storage
 from ptqc.act_spec import ActSpec
-from ptqc.codegen.export._onnx_forms import Affine, affine, matmul_nbits, standard
+from ptqc.codegen.export._onnx_forms import Blockwise, blockwise, matmul_nbits, standard
 from ptqc.codegen.export._onnx_stored import DOMAIN
 from ptqc.spec import WeightSpec
 
@@ -76,21 +76,21 @@ class _Fold:
         spec = WeightSpec.parse(_text(node, "spec"))
         assert x is not None and parts[0] is not None and parts[0].shape is not None and x.shape is not None
         shape = (int(parts[0].shape[0]), int(x.shape[-1]))  # type: ignore[arg-type]
-        weight = affine(_tensors(parts, spec), spec, shape)
+        weight = blockwise(_tensors(parts, spec), spec, shape)
         tape = ir.tape.Tape()
         producer = x.producer()
         if producer is not None and producer.domain == DOMAIN and _is_integer(weight):
-            assert isinstance(weight, Affine)
+            assert isinstance(weight, Blockwise)
             made = self._integer(tape, node, producer, weight)
         else:
             made = self._product(tape, node, x, weight, spec, shape)
         self._replace(node, tape, made)
 
     def _product(
-        self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, weight: Affine | str, spec: WeightSpec, shape: Any
+        self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, weight: Blockwise | str, spec: WeightSpec, shape: Any
     ) -> ir.Value:
         reason = weight if isinstance(weight, str) else None
-        if isinstance(weight, Affine) and self.form != "float":
+        if isinstance(weight, Blockwise) and self.form != "float":
             stored = matmul_nbits(weight) if self.form == "nbits" else standard(weight)
             if not isinstance(stored, str):
                 return self._packed(tape, node, x, weight, *stored)
@@ -99,7 +99,7 @@ class _Fold:
         return tape.op("MatMul", [x, matrix])
 
     def _packed(
-        self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, weight: Affine, arrays: Sequence[Any], sizes: Any
+        self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, weight: Blockwise, arrays: Sequence[Any], sizes: Any
     ) -> ir.Value:
         name = self._name(node)
         kind = "MatMulNBits" if self.form == "nbits" else "DequantizeLinear"
@@ -113,7 +113,7 @@ class _Fold:
         matrix = tape.op("DequantizeLinear", [codes, scale] if zero is None else [codes, scale, zero], sizes)
         return tape.op("MatMul", [x, matrix])
 
-    def _integer(self, tape: ir.tape.Tape, node: ir.Node, quantize: ir.Node, weight: Affine) -> ir.Value:
+    def _integer(self, tape: ir.tape.Tape, node: ir.Node, quantize: ir.Node, weight: Blockwise) -> ir.Value:
         name = self._name(node)
         codes, scale = self._once((name, "MatMulInteger"), lambda: self._int8(name, weight))
         self.folded[name] = Folded("MatMulInteger 8", codes.const_value.nbytes + scale.const_value.nbytes)
@@ -123,7 +123,7 @@ class _Fold:
         assert node.outputs[0].dtype is not None
         return made if node.outputs[0].dtype == ir.DataType.FLOAT else _cast(tape, made, node.outputs[0].dtype)
 
-    def _int8(self, name: str, weight: Affine) -> list[ir.Value]:
+    def _int8(self, name: str, weight: Blockwise) -> list[ir.Value]:
         codes = (weight.codes.short() - weight.zero.flatten()[0].short()).to(torch.int8).mT.contiguous()
         made = self._initializers(name, [codes.numpy(), weight.scale.float().flatten().numpy()])
         return [value for value in made if value is not None]
@@ -279,7 +279,7 @@ def _tensor(value: Any) -> Tensor:
     return raw.detach().cpu() if isinstance(raw, Tensor) else torch.from_numpy(np.array(value.numpy()))
 
 
-def _is_integer(weight: Affine | str) -> bool:
+def _is_integer(weight: Blockwise | str) -> bool:
     if isinstance(weight, str) or weight.bits != 8 or weight.scale.shape[1] != 1 or not weight.is_integer:
         return False
     return bool((weight.zero == 128).all())

@@ -23,15 +23,18 @@ from ptqc import storage
 from ptqc.packing import pack_linear
 from ptqc.spec import SCALE_DTYPES, WeightSpec
 
-__all__ = ["Affine", "affine", "matmul_nbits", "standard"]
+__all__ = ["Blockwise", "blockwise", "matmul_nbits", "standard"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 
 
 @dataclass(frozen=True, eq=False)
-class Affine:
-    """scale * (codes - zero). codes: [out, in] uint8, less than 2**bits. scale: [out, blocks], zero: alike, int or
-    float. is_integer: whether every zero is a code."""
+class Blockwise:
+    """Scale * (codes - zero), with one scale per row and block of inputs.
+
+    codes: [out, in] uint8, less than 2**bits. scale: [out, blocks]; zero: alike, int or float. is_integer: whether
+    every zero is a code.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -41,8 +44,8 @@ class Affine:
     is_integer: bool
 
 
-def affine(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int]) -> Affine | str:
-    """The weight [out, in] of these parts in affine form, or why it has none."""
+def blockwise(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int]) -> Blockwise | str:
+    """The weight [out, in] of these parts, or why it is no affine function of its codes."""
     book = spec.book
     is_ternary = spec.codebook == "ternary"
     if (book is not None and not is_ternary) or len(shape) != 2:
@@ -63,10 +66,10 @@ def affine(parts: Mapping[str, Tensor], spec: WeightSpec, shape: Sequence[int]) 
     if stored.dtype != torch.float16:
         stored = stored.float()
     bits = next(width for width in (2, 4, 8) if width >= spec.bits)
-    return Affine(codes, stored, zero, bits, block, spec.zero in ("none", "int"))
+    return Blockwise(codes, stored, zero, bits, block, spec.zero in ("none", "int"))
 
 
-def matmul_nbits(weight: Affine) -> tuple[list[np.ndarray[Any, Any] | None], dict[str, int]] | str:
+def matmul_nbits(weight: Blockwise) -> tuple[list[np.ndarray[Any, Any] | None], dict[str, int]] | str:
     """Inputs 1, 2 and 3 (codes, scales, zeros or None) and attributes of MatMulNBits, or why it cannot be."""
     out_features, in_features = weight.codes.shape
     block = min(weight.block & -weight.block, _LARGEST_BLOCK)
@@ -83,7 +86,7 @@ def matmul_nbits(weight: Affine) -> tuple[list[np.ndarray[Any, Any] | None], dic
     return arrays, {"K": in_features, "N": out_features, "bits": weight.bits, "block_size": block}
 
 
-def standard(weight: Affine) -> tuple[list[np.ndarray[Any, Any] | None], dict[str, int]] | str:
+def standard(weight: Blockwise) -> tuple[list[np.ndarray[Any, Any] | None], dict[str, int]] | str:
     """Inputs (codes, scales, zeros or None) and attributes of DequantizeLinear that gives W.T, or why it cannot be."""
     if not weight.is_integer:
         return "DequantizeLinear has integer zero points only"

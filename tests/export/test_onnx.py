@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ptqc import storage
-from ptqc.codegen.export._onnx_forms import Affine, affine, matmul_nbits
+from ptqc.codegen.export._onnx_forms import Blockwise, blockwise, matmul_nbits
 from ptqc.codegen.export.onnx import typed_copy
 from ptqc.codegen.exporters import export
 from ptqc.errors import ExportError
@@ -176,7 +176,7 @@ def test_a_group_that_is_nothing_but_its_minimum():
     scale, minimum = torch.full((3, 2), 0.25), torch.full((3, 2), 0.5)
     scale[1, 0] = 0
     parts = storage.encode(storage.Codes(codes, scale, minimum), spec)
-    found = affine(parts, spec, (3, 64))
+    found = blockwise(parts, spec, (3, 64))
     numbers = (found.codes.float() - found.zero.repeat_interleave(32, 1)) * found.scale.repeat_interleave(32, 1)
     assert torch.equal(numbers, storage.decode(parts, spec, (3, 64), torch.float32))
     assert (numbers[1, :32] == -0.5).all()
@@ -185,7 +185,7 @@ def test_a_group_that_is_nothing_but_its_minimum():
 def test_words_along_the_inputs():
     """By hand: eight 4-bit codes of a row in blocks of 16, the first in the low bits."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(2, 1)
-    weight = Affine(codes, torch.ones(2, 1), torch.tensor([[8.0], [3.0]]), 4, 16, True)
+    weight = Blockwise(codes, torch.ones(2, 1), torch.tensor([[8.0], [3.0]]), 4, 16, True)
     (words, scale, zeros), sizes = matmul_nbits(weight)
     assert words.tolist() == [[[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]] * 2
     assert zeros.tolist() == [[8], [3]] and scale.shape == (2, 1)
