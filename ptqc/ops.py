@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqc import activations, storage
+from ptqc import activations, storage, stored_rows
 from ptqc import hadamard as rotations
 from ptqc.act_spec import ActSpec
 from ptqc.held import order_called
@@ -80,7 +80,7 @@ def _bmm(x: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
 
 def _embedding(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     stored_as = WeightSpec.parse(spec)
-    taken = storage.take(_named(parts, stored_as), stored_as, shape, 0, ids.flatten())
+    taken = stored_rows.take(_named(parts, stored_as), stored_as, shape, 0, ids.flatten())
     if taken is None:
         return _dequantize(parts, spec, shape, dtype)[ids]
     rows = storage.decode(*taken, (ids.numel(), shape[1]), dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from ptqc import storage
+from ptqc import stored_rows
 from ptqc.held import AS_STORED, Held, Layout, Order
 from ptqc.identity import Mark, WeightTable
 from ptqc.qtensor import QuantTensor
@@ -32,7 +32,7 @@ def prepared_parts(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tenso
     found = _known(layout, weights) or _shared(layout, weights)
     if found is None:
         first, *_ = weights
-        parts = storage.concat([weight.parts for weight in weights], first.spec, first.stored_shape[-1])
+        parts = stored_rows.concat([weight.parts for weight in weights], first.spec, first.stored_shape[-1])
         found = layout.prepare(list(parts.values()))
     first, *others = weights
     key = layout, tuple(id(weight.mark) for weight in others)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqc import storage
+from ptqc import stored_rows
 from ptqc.qtensor.rules import rule
 from ptqc.qtensor.tensor import QuantTensor
 from ptqc.spec import WeightSpec
@@ -61,7 +61,7 @@ def _taken(weight: QuantTensor, dim: int, index: Any) -> Any:
     parts, spec = taken
     extras = {name: _aten.alias.default(extra) for name, extra in weight.extras.items()}
     if weight.surroundings.order and dim < weight.ndim - 2:
-        extras["order"] = storage.index(weight.extras["order"], dim, index)
+        extras["order"] = stored_rows.index(weight.extras["order"], dim, index)
     shape = (*parts["codes"].shape[:-1], weight.stored_shape[-1])
     return weight.with_parts(parts, spec=spec, stored_shape=shape, extras=extras)
 
@@ -70,8 +70,8 @@ def _parts_at(weight: QuantTensor, dim: int, index: Any) -> tuple[dict[str, Tens
     """Parts and spec of what is taken; of parts that were given up, a slice of rows is made anew alone."""
     rows = _range(index, weight.stored_shape[0]) if weight.given_up and dim == 0 else None
     if not rows:
-        return storage.take(weight.parts, weight.spec, weight.stored_shape, dim, index)
-    taken = storage.take(weight.slots, weight.spec, weight.stored_shape, dim, index)
+        return stored_rows.take(weight.parts, weight.spec, weight.stored_shape, dim, index)
+    taken = stored_rows.take(weight.slots, weight.spec, weight.stored_shape, dim, index)
     if taken is None:
         return None
     parts, spec = taken
