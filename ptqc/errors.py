@@ -8,7 +8,12 @@ _LONGEST = 1000
 
 
 class PtqcError(Exception):
-    """Base of every error that ptqc raises on purpose. The command prints its text and exits with 2."""
+    """Base of every error that ptqc raises on purpose. The command prints its text and exits with 2.
+
+    option: the component and the option of it that is at fault, for those who know where it was written.
+    """
+
+    option: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in super().__str__())
