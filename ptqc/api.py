@@ -19,7 +19,7 @@ from ptqc.assign import assign, nothing_to_do, quantize_site
 from ptqc.auto import auto
 from ptqc.calibrate import batches
 from ptqc.components import Component
-from ptqc.engine.jobs import Report
+from ptqc.engine.report import Report
 from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
 from ptqc.option_types import wrong_option
