@@ -1,8 +1,11 @@
 """Errors a user can act on: each says what was asked, what was found and what would work."""
 
+import re
+
 __all__ = ["CheckpointError", "ExportError", "PtqcError", "SpecError", "UnknownNameError", "WeightError", "first_line"]
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 1000
 """Letters of a message: names and values that a file announces may be of any length, and of any letters."""
 
@@ -42,5 +45,6 @@ class ExportError(PtqcError):
 
 
 def first_line(error: BaseException) -> str:
-    """What to quote of an error that somebody else's code raised: the first line of its text, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What to quote of an error that somebody else's code raised: the first line of its text without colours, or its
+    kind."""
+    return next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), type(error).__name__)
