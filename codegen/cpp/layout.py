@@ -96,6 +96,10 @@ class Layout:
         *by_block, factors = (*prepared[:3], prepared[3][first : first + piece.padded])
         return [*(part[blocks] if part.numel() else part for part in by_block), factors]
 
+    def stacked(self, count: int) -> "Layout | None":
+        """Without padding, weights one below the other are column blocks one behind the other."""
+        return None if self.is_gated or self.padded != self.n else replace(self, n=self.n * count)
+
     def _columns(self) -> Tensor:
         """The column of each row of the weight, [n]."""
         column = torch.arange(self.n)

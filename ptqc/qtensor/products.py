@@ -74,6 +74,23 @@ def _bmm(x: Any, weight: Any) -> Any:
     )
 
 
+@rule(_aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
+def _grouped(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Rows sorted by expert: only experts that have rows are decoded, one at a time. Not while a graph is traced, and
+    not on GPUs, which would have to wait for the offsets."""
+    if not isinstance(weight, QuantTensor) or weight.ndim != 3 or x.ndim != 2 or not weight.is_transposed:
+        return NotImplemented
+    if type(offs) is not Tensor or offs.device.type != "cpu" or bias is not None or out_dtype is not None:
+        return NotImplemented
+    _same_dtype(x, weight)
+    made, start = x.new_zeros(x.shape[0], weight.shape[-1]), 0
+    for expert, end in enumerate(offs.tolist()):
+        if end > start:
+            made[start:end] = _product(_aten.slice.Tensor(x, 0, start, end), _aten.select.int(weight, 0, expert), None)
+            start = end
+    return made
+
+
 @rule(_aten.embedding.default)
 def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
     if not isinstance(weight, QuantTensor) or weight.is_transposed or not weight.surroundings.keeps_weight:

@@ -8,7 +8,8 @@ __all__ = ["RULES", "Rule", "rule"]
 Rule = Callable[..., Any]
 
 RULES: dict[Any, Rule] = {}
-"""Operator -> what is done instead; it takes the arguments of the operator, of which at least one is a QuantTensor."""
+"""Operator, or the name of one that another package brings -> what is done instead; it takes the arguments of the
+operator, of which at least one is a QuantTensor."""
 
 
 def rule(*operators: Any) -> Callable[[Rule], Rule]:

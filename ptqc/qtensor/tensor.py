@@ -280,7 +280,7 @@ class QuantTensor(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = RULES.get(func)
+        rule = RULES.get(func) or RULES.get(str(func))
         if func.is_view and torch.is_inference_mode_enabled():
             # A view of a normal tensor must be a normal tensor, also in inference mode.
             with torch.inference_mode(any(isinstance(a, QuantTensor) and a.is_inference() for a in args)):

@@ -75,11 +75,15 @@ def _parts_at(weight: QuantTensor, dim: int, index: Any) -> tuple[dict[str, Tens
     if taken is None:
         return None
     parts, spec = taken
-    return parts | {name: weight.restored(name, rows.start, len(rows)) for name in weight.given_up}, spec
+    restored = {name: weight.restored(name, rows.start, len(rows)) for name in weight.given_up}
+    return parts | {name: part[0] if isinstance(index, int) else part for name, part in restored.items()}, spec
 
 
 def _range(index: Any, size: int) -> range | None:
-    """The rows of a slice without steps; None if it is something else, or not known while a graph is traced."""
+    """The rows of a slice without steps, or the row of a number; None if it is something else, or not known while a
+    graph is traced."""
+    if isinstance(index, int):
+        return range(index % size, index % size + 1)
     if not isinstance(index, slice) or not all(isinstance(end, int | None) for end in (index.start, index.stop)):
         return None
     return range(*index.indices(size)) if index.step in (None, 1) else None
