@@ -176,7 +176,8 @@ def _rule(row: Row) -> Rule:
     try:
         return make_rule(values.pop("pattern"), values.pop("method", None), **values)
     except PtqcError as error:
-        raise type(error)(f"{row.where()}: {error}") from None
+        where = row.where() if error.option is None else row.where_option(*error.option)
+        raise type(error)(f"{where}: {error}") from None
 
 
 def recipe_rows(recipe: Recipe) -> list[dict[str, Any]]:

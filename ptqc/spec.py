@@ -55,6 +55,11 @@ class ScaleSpec:
     dynamic: bool = False
 
     @property
+    def is_nested(self) -> bool:
+        """Whether scales are codes under scales of their own."""
+        return self.bits is not None and self.block is not None
+
+    @property
     def bits_per_scale(self) -> float:
         """Bits of one scale, its share of the outer scale included."""
         width = SCALE_DTYPES[self.dtype].itemsize * 8

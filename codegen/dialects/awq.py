@@ -28,7 +28,7 @@ from ptqc.codegen.dialect import (
     scale_dtype_name,
     single,
 )
-from ptqc.codegen.words import Affine, Lay, affine_of, groups_of, integer_reason, weight_of
+from ptqc.codegen.words import Groupwise, Lay, groups_of, groupwise_of, integer_reason, weight_of
 from ptqc.errors import CheckpointError
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import ScaleSpec, WeightSpec
@@ -71,11 +71,11 @@ class AWQ:
 
     def write(self, weight: QuantTensor) -> Tails:
         """See `ptqc.codegen.dialect.Dialect`."""
-        affine = affine_of(weight)
+        form = groupwise_of(weight)
         return {
-            "qweight": _LAY.pack(affine.codes, _BITS),
-            "qzeros": _LAY.pack(affine.zero, _BITS),
-            "scales": affine.scale.mT.contiguous(),
+            "qweight": _LAY.pack(form.codes, _BITS),
+            "qzeros": _LAY.pack(form.zero, _BITS),
+            "scales": form.scale.mT.contiguous(),
         }
 
     def settled(self, inventory: Inventory) -> "AWQ":
@@ -114,4 +114,4 @@ class AWQ:
         scale = entries["scales"].read().mT
         codes = _LAY.unpack(entries["qweight"].read(), _BITS, (out_features, in_features))
         zero = _LAY.unpack(entries["qzeros"].read(), _BITS, (out_features, scale.shape[1]))
-        return weight_of(Affine(codes, scale, zero, torch.arange(0)), weight)
+        return weight_of(Groupwise(codes, scale, zero, torch.arange(0)), weight)

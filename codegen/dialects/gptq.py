@@ -29,7 +29,7 @@ from ptqc.codegen.dialect import (
     plain_reason,
     scale_dtype_name,
 )
-from ptqc.codegen.words import Affine, Lay, affine_of, groups_of, integer_reason, order_of, weight_of
+from ptqc.codegen.words import Groupwise, Lay, groups_of, groupwise_of, integer_reason, order_of, weight_of
 from ptqc.errors import CheckpointError, ExportError
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import ScaleSpec, WeightSpec
@@ -89,12 +89,12 @@ class GPTQ:
 
     def write(self, weight: QuantTensor) -> Tails:
         """See `ptqc.codegen.dialect.Dialect`."""
-        affine, bits = affine_of(weight), weight.spec.bits
+        form, bits = groupwise_of(weight), weight.spec.bits
         return {
-            "qweight": _CODES.pack(affine.codes, bits),
-            "qzeros": _ZEROS.pack(self._stored_zeros(affine.zero, bits), bits),
-            "scales": affine.scale.mT.contiguous(),
-            "g_idx": affine.group_of,
+            "qweight": _CODES.pack(form.codes, bits),
+            "qzeros": _ZEROS.pack(self._stored_zeros(form.zero, bits), bits),
+            "scales": form.scale.mT.contiguous(),
+            "g_idx": form.group_of,
         }
 
     def _stored_zeros(self, zero: Tensor, bits: int) -> Tensor:
@@ -172,7 +172,7 @@ class GPTQ:
         codes = _CODES.unpack(entries["qweight"].read(), bits, shape)
         zero = self._zeros(entries["qzeros"].read(), bits, (shape[0], scale.shape[1]))
         group_of = entries["g_idx"].read() if "g_idx" in entries else torch.arange(0)
-        return weight_of(Affine(codes, scale, zero, group_of), weight)
+        return weight_of(Groupwise(codes, scale, zero, group_of), weight)
 
 
 def _row(weight: QuantTensor) -> dict[str, Any]:
