@@ -191,7 +191,7 @@ def _with_options(drafts: Sequence[_Draft], first: _Draft | None, options: Mappi
         takers = [draft for draft in drafts if option in draft.known]
         takers = [first] if first in takers and first is not None else takers
         if len(takers) != 1:
-            raise _about(PtqcError(_no_taker(option, takers, drafts)), drafts[-1], option)
+            raise _about(PtqcError(_no_taker(option, takers, drafts)), drafts[-1], str(option))
         given[takers[0].name][option] = value
     return [_set(draft, given[draft.name]) for draft in drafts]
 

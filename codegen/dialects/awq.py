@@ -20,6 +20,7 @@ from ptqc.codegen.dialect import (
     Entries,
     Inventory,
     Tails,
+    conv1d_notes,
     damaged,
     describe_or_refuse,
     nearest_integer,
@@ -60,7 +61,7 @@ class AWQ:
 
     def refuses(self, weight: QuantTensor) -> str | None:
         """4-bit integers in groups as they come, with float16 scales, of outputs that fill words."""
-        reason = plain_reason(weight, order=weight.spec.group is None)
+        reason = plain_reason(weight, order=weight.spec.group is None, conv1d=True)
         reason = reason or integer_reason(weight, bits=(_BITS,), scales=("f16",))
         out_features = weight.stored_shape[0]
         return reason or (f"{out_features} outputs do not fill words of eight" if out_features % 8 else None)
@@ -92,7 +93,7 @@ class AWQ:
 
     def notes(self, inventory: Inventory) -> Sequence[str]:
         """See `ptqc.codegen.dialect.Dialect`."""
-        return ()
+        return conv1d_notes(inventory)
 
     # ---------------------------------------------------------------- reading
 

@@ -22,6 +22,7 @@ from ptqc.codegen.dialect import (
     Entries,
     Inventory,
     Tails,
+    conv1d_notes,
     damaged,
     describe_or_refuse,
     nearest_integer,
@@ -77,7 +78,7 @@ class GPTQ:
 
     def refuses(self, weight: QuantTensor) -> str | None:
         """Integers of 2, 3, 4 or 8 bits with float16 scales, in sizes that fill words."""
-        reason = plain_reason(weight, order=True) or integer_reason(weight, bits=_BITS, scales=("f16",))
+        reason = plain_reason(weight, order=True, conv1d=True) or integer_reason(weight, bits=_BITS, scales=("f16",))
         if reason is not None:
             return reason
         odd = [size for size in weight.stored_shape if size * weight.spec.bits % 32]
@@ -132,7 +133,8 @@ class GPTQ:
     def notes(self, inventory: Inventory) -> Sequence[str]:
         """See `ptqc.codegen.dialect.Dialect`."""
         mixed = len({str(weight.spec) for weight in inventory.weights.values()}) > 1
-        return ("several specs: GPTQModel and vLLM read them (dynamic), transformers does not",) if mixed else ()
+        several = ("several specs: GPTQModel and vLLM read them (dynamic), transformers does not",) if mixed else ()
+        return (*several, *conv1d_notes(inventory))
 
     # ---------------------------------------------------------------- reading
 

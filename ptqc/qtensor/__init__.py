@@ -8,6 +8,6 @@
 """
 
 from ptqc.qtensor import copies, products, views  # noqa: F401  (their rules)
-from ptqc.qtensor.tensor import QuantTensor, _rebuild
+from ptqc.qtensor.tensor import QuantTensor, _rebuild  # noqa: F401  (files of torch.save name it as if it were here)
 
-__all__ = ["QuantTensor", "_rebuild"]
+__all__ = ["QuantTensor"]
