@@ -3,10 +3,11 @@
 Experts lie one below the other in a prepared weight (`ptqc.held.Layout.stacked`), so that the parts of each are views.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ptqc.held import Layout
 
@@ -22,17 +23,25 @@ def expert_runner(run: Run, layout: Layout, n: int) -> Callable[..., Tensor]:
     expert of each row [rows]. Rows behind the last end are zeros. y: [rows, width].
     """
 
+    pieces: MutableMapping[Tensor, dict[int, Sequence[Tensor]]] = WeakIdKeyDictionary()
+
+    def piece_of(parts: Sequence[Tensor], expert: int, experts: int) -> Sequence[Tensor]:
+        """The parts of one expert, which are views: made once, as they cost a fifth of a small product."""
+        known = pieces.setdefault(parts[0], {})
+        if expert not in known:
+            whole = layout.stacked(experts)
+            piece = None if whole is None else whole.cut(parts, expert * n, layout)
+            assert piece is not None
+            known[expert] = [part.view_as(part) for part in piece]  # never the key itself, which would live on
+        return known[expert]
+
     def run_experts(
         x: Tensor, parts: Sequence[Tensor], at: Tensor, experts: int, is_sorted: bool, width: int
     ) -> Tensor:
-        whole = layout.stacked(experts)
-        assert whole is not None
         made, numbers = x.new_zeros(x.shape[0], width), at.tolist()
 
         def one(expert: int, rows: Tensor) -> Tensor:
-            piece = whole.cut(parts, expert * n, layout)
-            assert piece is not None
-            return run(rows, piece, ())
+            return run(rows, piece_of(parts, expert, experts), ())
 
         if is_sorted:
             start = 0
