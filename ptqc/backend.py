@@ -6,8 +6,8 @@ of the graph goes to Inductor.
 
 Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float
 weights (the model then only runs compiled); `exact`: kernels must not quantize activations on their own account;
-`keep_stored`: quantized weights keep their parts besides what kernels hold (`ptqc.held`); `inductor`: settings for
-Inductor; anything else is an option of the method.
+`keep_stored`: quantized weights keep their parts besides what kernels hold (`ptqc.held`); `torch_attention`: attention
+stays torch's; `inductor`: settings for Inductor; anything else is an option of the method.
 Changing a float parameter after compilation is not seen, as with Inductor's freezing.
 `kernel_table(model)` says which kernel serves which weight, and why; PTQC_LOGS=kernels prints it while compiling.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 
+from ptqc.attention import Attend, AttentionRequest
 from ptqc.codegen.attention import attention_for
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
@@ -40,7 +41,7 @@ log = logging.getLogger("ptqc")
 log_as_asked()
 
 _RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
-_SWITCHES = ("free", "exact", "keep_stored")
+_SWITCHES = ("free", "exact", "keep_stored", "torch_attention")
 _OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", *_SWITCHES, "inductor")
 
 
@@ -52,6 +53,7 @@ class _Options:
     free: bool = False
     exact: bool = False
     keep_stored: bool = False
+    torch_attention: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -102,7 +104,8 @@ def ptqc(
     _warn_of_break(gm, parsed)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
-    context = Context(kernel_for, target_for, refusals_of, attention_for, parsed.exact, parsed.keep_stored)
+    attention = _torch_attention if parsed.torch_attention else attention_for
+    context = Context(kernel_for, target_for, refusals_of, attention, parsed.exact, parsed.keep_stored)
     store = parsed.selection.store if parsed.selection else None
     lowering(graph.parameters, names, store).run(graph.module, context)
     note_kernels(context.chosen)
@@ -114,6 +117,10 @@ def ptqc(
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
     compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
     return _Compiled(gm, graph, compiled, options, mode)
+
+
+def _torch_attention(request: AttentionRequest) -> Attend | str:
+    return "torch's attention was asked for"
 
 
 class _Compiled:
