@@ -1,4 +1,4 @@
-"""Attention of few queries on GPUs, compiled, counted and held against its gates; `benchmarks.static_gates` runs all."""
+"""Attention of few queries on GPUs, compiled, counted, held against gates; `benchmarks.static_gates` runs all."""
 
 import itertools
 from collections.abc import Iterator

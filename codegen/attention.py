@@ -41,7 +41,9 @@ def _operator(kernel: AttentionKernel, value_features: int) -> Attend:
     """ptqc::attend_<hash of the text>(q, k, v, mask, scale)."""
     name = f"attend_{hashlib.sha256(kernel.text.encode()).hexdigest()[:16]}"
     if not hasattr(torch.ops.ptqc, name):
-        _LIBRARY.define(f"{name}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
+        schema = f"{name}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
+        # Kernels take any strides. Else Inductor copies the mask for every layer, so as to be sure of its strides.
+        _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
 
         def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

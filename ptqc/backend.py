@@ -28,6 +28,7 @@ from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
 from ptqc.identity import mark_of
 from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
+from ptqc.passes.lower.few_launches import settings_for
 from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
@@ -107,14 +108,15 @@ def ptqc(
     attention = _torch_attention if parsed.torch_attention else attention_for
     context = Context(kernel_for, target_for, refusals_of, attention, parsed.exact, parsed.keep_stored)
     store = parsed.selection.store if parsed.selection else None
-    lowering(graph.parameters, names, store).run(graph.module, context)
+    changed = lowering(graph.parameters, names, store).run(graph.module, context)
     note_kernels(context.chosen)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:
         _free(graph, context)
     tell_static_inputs(graph.module)
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
+    told = settings_for(graph.module, changed) | (torch._inductor.list_mode_options(mode) if mode else {})
+    patches = {**told, **parsed.inductor}
     compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
     return _Compiled(gm, graph, compiled, options, mode)
 

@@ -85,6 +85,23 @@ def test_both_doors_make_the_same_codes():
         assert torch.equal(weight, dict(twin.named_parameters())[name].data)
 
 
+def test_attention_is_left_to_torch_where_it_is_asked_for(monkeypatch):
+    graphs = []
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    compile_fx = lambda module, inputs, **_: graphs.append(str(module.graph)) or module  # noqa: E731
+    monkeypatch.setattr("ptqc.backend.compile_fx", compile_fx)
+    x = torch.randn(1, 2, 3, 16)
+    with torch.no_grad():
+        for options in ({}, {"torch_attention": True}):
+            torch._dynamo.reset()
+            assert agree(torch.compile(Attention(), backend="ptqc", options=options)(x), Attention()(x))
+    assert ["scaled_dot_product_attention" in graph for graph in graphs] == [False, True]
+
+
 def test_a_quantized_model_is_lowered():
     model = api.quantize(Stack().eval(), "rtn", progress=False)
     x = torch.randn(4, 64)

@@ -52,7 +52,9 @@ def refused_by_all(request: KernelRequest) -> str | None:
         return reason
     if request.needs_grad:
         return "the fused product has no derivative"
-    return None if request.dtype in ACTIVATION_TYPES else f"activations are float16, bfloat16 or float32, not {request.dtype}"
+    if request.dtype not in ACTIVATION_TYPES:
+        return f"activations are float16, bfloat16 or float32, not {request.dtype}"
+    return None
 
 
 def module_text(
