@@ -55,7 +55,7 @@ ATTENTION_CASES = (
     AttentionCase(torch.bfloat16, 80, 1, torch.bfloat16),
     AttentionCase(torch.bfloat16, 128, 4, None),
     AttentionCase(torch.float32, 128, 4),
-    AttentionCase(torch.float32, 256, 64),
+    AttentionCase(torch.float32, 64, 64),
 )
 
 

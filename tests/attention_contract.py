@@ -16,10 +16,11 @@ from ptqc.codegen.attention import attention_for
 
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [
-    (1, 8, 2, 1, 200, 64), (2, 3, 3, 1, 31, 16), (1, 6, 1, 3, 1100, 48), (2, 10, 2, 1, 2100, 32, 64),
-    (1, 1, 1, 8, 1, 128), (3, 4, 4, 2, 33, 16, 48), (1, 24, 2, 8, 130, 96),
+    (1, 8, 2, 1, 200, 64), (2, 3, 3, 1, 31, 16), (1, 6, 1, 3, 1100, 48), (1, 1, 1, 8, 1, 128), (2, 4, 2, 2, 33, 16, 48),
+    (1, 12, 1, 8, 130, 96),
 ]  # fmt: skip
 """batch, heads, heads of keys, queries, keys, features, value features where they differ."""
+LONG = (2, 10, 2, 1, 2100, 32, 64)
 
 
 def attend(q, k, v, mask=None, scale=0.3):
@@ -57,7 +58,7 @@ def of_shape(shape, dtype):
 
 
 def with_mask(shape, dtype):
-    q, k, v = values(2, 8, 2, 3, 700, 32)
+    q, k, v = values(2, 4, 2, 3, 290, 32)
     seen = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.3
     mask = seen if dtype == torch.bool else torch.where(seen, 0.5, -torch.inf).to(dtype)
     assert_right(attend(q, k, v, mask), reference(q, k, v, mask))
@@ -119,8 +120,9 @@ def named(dtype):
 CASES = {
     **{f"{named(dtype)} {'x'.join(map(str, shape))}": partial(of_shape, shape, dtype)
        for dtype in LIMITS for shape in SHAPES},
+    "bfloat16 long": partial(of_shape, LONG, torch.bfloat16),
     **{f"{named(dtype)} mask {'x'.join(map(str, shape))}": partial(with_mask, shape, dtype)
-       for dtype in (torch.bool, *LIMITS) for shape in ((2, 1, 3, 700), (1, 8, 1, 700), (700,), (2, 8, 3, 700))},
+       for dtype in (torch.bool, *LIMITS) for shape in ((2, 1, 3, 290), (1, 4, 1, 290), (290,), (2, 4, 3, 290))},
     **{function.__name__: function for function in (
         the_empty_rest_of_a_cache_does_not_count, what_a_window_has_left_does_not_count,
         a_query_that_sees_nothing_gets_zeros, nobody_sees_anything, any_strides, spoilt_and_huge_values_are_seen)},
@@ -128,7 +130,7 @@ CASES = {
 """By name; each raises AssertionError where a kernel is wrong."""
 ODD_FEATURES = {
     f"{named(dtype)} {'x'.join(map(str, shape))}": partial(of_shape, shape, dtype)
-    for dtype in LIMITS for shape in ((2, 4, 2, 1, 70, 63, 40), (1, 3, 1, 2, 200, 80), (1, 2, 2, 1, 33, 1, 256))
+    for dtype in LIMITS for shape in ((2, 4, 2, 1, 70, 63, 40), (1, 3, 1, 2, 200, 80), (1, 2, 2, 1, 33, 1, 100))
 }  # fmt: skip
 """More cases, for kernels that take heads of any features."""
 

@@ -16,8 +16,8 @@ from ptqc.codegen.gpu.tiles import device_facts, split_of
 
 __all__ = ["AttentionTile", "attend_in_triton", "attention_tile"]
 
-MOST_FEATURES = 256
-"""Of a head: beyond them sums for a tile of rows leave the registers."""
+MOST_FEATURES = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+"""Of a head: beyond them a tile leaves the registers."""
 MOST_RUNS = 64
 """One program joins them all."""
 _STEP_BYTES = 32 * 1024
@@ -49,8 +49,9 @@ def attend_in_triton(request: AttentionRequest) -> AttentionKernel | str:
         return reason
     if request.dtype not in ACTIVATION_TYPES or request.mask not in (None, torch.bool, *ACTIVATION_TYPES):
         return "attention in Triton takes float16, bfloat16 and float32"
-    if max(request.head_features, request.value_features) > MOST_FEATURES:
-        return f"attention in Triton takes heads of at most {MOST_FEATURES} features"
+    most = MOST_FEATURES[request.dtype]
+    if max(request.head_features, request.value_features) > most:
+        return f"attention in Triton takes heads of at most {most} features in {request.dtype}"
     return _Launch(request, attention_text(request))
 
 

@@ -26,7 +26,8 @@ def request(dtype=torch.float16, features=64, value_features=64, mask=torch.bool
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [(request(device="cpu"), "run on GPUs"), (request(torch.float64), "float16, bfloat16"),
-     (request(mask=torch.int64), "float16, bfloat16"), (request(features=576), "at most 256")],
+     (request(mask=torch.int64), "float16, bfloat16"), (request(features=576), "at most 256"),
+     (request(torch.float32, 192), "at most 128")],
 )  # fmt: skip
 def test_refusals(asked, reason):
     assert reason in attend_in_triton(asked)
@@ -40,7 +41,8 @@ def test_nothing_else_is_refused():
 
 def test_tiles_hold_the_queries_that_share_a_head():
     assert [attention_tile(request(), rows).rows for rows in (1, 16, 17, 33, 512)] == [16, 16, 32, 64, 64]
-    assert attention_tile(request(torch.float32, 256, 256), 8).keys == 16
+    assert attention_tile(request(torch.float32), 512).rows == 16
+    assert [attention_tile(request(torch.float16, wide, wide), 1).keys for wide in (64, 128, 256)] == [64, 64, 32]
 
 
 def test_writing_is_pure():
@@ -50,7 +52,7 @@ def test_writing_is_pure():
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in ATTENTION_CASES if case.features == 128], ids=str)
 def test_the_gates_hold(case, capability):
     row = measure_attention(case, capability)
     assert row.failures == ()
