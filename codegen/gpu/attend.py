@@ -21,7 +21,7 @@ MOST_FEATURES = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 MOST_RUNS = 64
 """One program joins them all."""
 _STEP_BYTES = 32 * 1024
-"""Keys and values of one step; two steps are on their way in shared memory."""
+"""Keys and values of one step; the next is on its way to shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,10 @@ class AttentionTile:
 
 def attention_tile(request: AttentionRequest, rows: int) -> AttentionTile:
     """The tile for so many rows."""
-    widths, size = sum(padded_features(request)), torch.finfo(request.dtype).bits // 8
-    keys = max(16, min(64, 1 << (_STEP_BYTES // (widths * size)).bit_length() - 1))
-    tall = 16 if rows <= 16 or request.dtype == torch.float32 else 32 if rows <= 32 else 64
+    is_wide = request.dtype == torch.float32  # taken apart in registers, for tensor cores
+    a_key = sum(padded_features(request)) * (8 if is_wide else 2)
+    keys = max(16, min(64, 1 << (_STEP_BYTES // a_key).bit_length() - 1))
+    tall = 16 if rows <= 16 or is_wide else 32 if rows <= 32 else 64
     return AttentionTile(tall, keys, 4 if tall == 16 else 8)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptqc.attention import AttentionRequest
-from ptqc.codegen.attention import attention_for
+from ptqc.codegen.cpp.attend import attend_in_cpp
 from tests.attention_contract import CASES, assert_right, attend, reference, values
 
 
@@ -28,7 +28,6 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 
 def test_every_instruction_set(monkeypatch):
-    from ptqc.codegen.cpp.attend import attend_in_cpp
     from ptqc.codegen.cpp.isa import ISAS, cpu_flags
 
     q, k, v = values(1, 6, 2, 1, 300, 32)
@@ -50,4 +49,4 @@ def test_every_instruction_set(monkeypatch):
     ],
 )
 def test_refusals(request_, why):
-    assert why in attention_for(request_)
+    assert why in attend_in_cpp(request_)
