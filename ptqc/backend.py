@@ -35,6 +35,7 @@ from ptqc.pipeline import Context
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
+from ptqc.views import function_name
 
 __all__ = ["chosen_kernels", "kept_weights", "kernel_table", "ptqc", "stored_weights"]
 
@@ -103,6 +104,7 @@ def ptqc(
     parsed = _Options.parse(options)
     learn_model()
     _warn_of_break(gm, parsed)
+    _warn_of_floats(gm)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
     attention = _torch_attention if parsed.torch_attention else attention_for
@@ -188,6 +190,16 @@ def _warn_of_break(gm: fx.GraphModule, options: _Options) -> None:
             "graph break (%s): weights used between graphs stay in float; "
             "ptqc.quantize(model, ...) before torch.compile reaches them all",
             first,
+        )
+
+
+def _warn_of_floats(gm: fx.GraphModule) -> None:
+    """With `dynamic=True` dynamo takes numbers of modules, as a norm's epsilon, for inputs unless it is told not to."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and node.users]
+    if any(all(function_name(user) == "item" for user in node.users) for node in inputs):
+        log.warning(
+            "epsilons and scales are inputs of this graph, so norms and attention stay outside of kernels; "
+            "torch._dynamo.config.specialize_float = True before compiling makes them constants"
         )
 
 

@@ -102,6 +102,20 @@ def test_attention_is_left_to_torch_where_it_is_asked_for(monkeypatch):
     assert ["scaled_dot_product_attention" in graph for graph in graphs] == [False, True]
 
 
+@pytest.mark.parametrize("is_special", [False, True])
+def test_numbers_that_became_inputs_are_told(is_special, monkeypatch, caplog):
+    class Scaled(nn.Module):
+        factor = 0.3
+
+        def forward(self, x):
+            return x * self.factor
+
+    monkeypatch.setattr("ptqc.backend.compile_fx", lambda module, inputs, **_: module)
+    with torch._dynamo.config.patch(specialize_float=is_special), torch.no_grad():
+        torch.compile(Scaled(), backend="ptqc", dynamic=True)(torch.ones(3))
+    assert ("specialize_float" in caplog.text) is not is_special
+
+
 def test_a_quantized_model_is_lowered():
     model = api.quantize(Stack().eval(), "rtn", progress=False)
     x = torch.randn(4, 64)

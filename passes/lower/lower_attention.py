@@ -54,8 +54,8 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context, unsafe: frozenset
         return False
     if torch.is_grad_enabled() and any(value.requires_grad for value in values):
         return False
-    heads, queries, features = values[0].shape[1:]
-    sizes = (heads, queries, features, values[2].shape[-1])
+    sizes = [_known(size) for size in (*values[0].shape[1:], values[2].shape[-1])]
+    heads, queries, features, value_features = sizes
     if not all(isinstance(size, int) for size in sizes) or queries > MOST_QUERIES:
         return False
     scale = given.get("scale")
@@ -65,7 +65,7 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context, unsafe: frozenset
         return False
     attend = context.attention(
         AttentionRequest(
-            values[0].dtype, features, values[2].shape[-1], None if masked is None else masked.dtype,
+            values[0].dtype, features, value_features, None if masked is None else masked.dtype,
             values[0].device.type,
         )
     )  # fmt: skip
@@ -87,7 +87,13 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context, unsafe: frozenset
 
 def _heads(node: fx.Node) -> Any:
     shape = shape_of(node)
-    return shape[1] if shape is not None else None
+    return _known(shape[1]) if shape is not None else None
+
+
+def _known(size: Any) -> Any:
+    """A size as a number if it is one by now: a symbol may have been found to be one after the value was noted."""
+    found = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return size if found is None else found
 
 
 def _unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node:

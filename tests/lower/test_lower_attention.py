@@ -110,6 +110,17 @@ def test_a_mask_that_is_written_keeps_its_place():
     torch.testing.assert_close(done.output, want, rtol=1e-5, atol=1e-5)
 
 
+def test_heads_whose_number_is_found_out_later():
+    def forward(q, k, v):
+        keys = k.shape[2]
+        wide = [x[:, :, None].expand(2, 2, 4, keys, 32).reshape(2, 8, keys, 32) for x in (k, v)]
+        return plain(q.view(2, 8, 1, 32), *wide, scale=0.25)
+
+    done = lower(Attention(forward), Q, K, K.flip(2), dynamic=True, is_checked=False)
+    assert done.counts["lower-attention"] == 1
+    torch.testing.assert_close(done.output, forward(Q, K, K.flip(2)), rtol=1e-5, atol=1e-5)
+
+
 LEFT = {
     "many queries": (normal(1, 4, 64, 16), {}),
     "dropout": (normal(1, 4, 1, 16), {"dropout_p": 0.5}),

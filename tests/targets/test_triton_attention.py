@@ -10,7 +10,6 @@ from ptqc.codegen.gpu.attention import attention_text
 from tests.attention_contract import CASES, ODD_FEATURES
 from tests.targets.interpreted import needs_triton, run_interpreted
 
-
 IN_OTHER_TYPES = [name for name in (*CASES, *ODD_FEATURES) if name.startswith("float")]
 
 
