@@ -50,6 +50,8 @@ def attend_in_triton(request: AttentionRequest) -> AttentionKernel | str:
         return reason
     if request.dtype not in ACTIVATION_TYPES or request.mask not in (None, torch.bool, *ACTIVATION_TYPES):
         return "attention in Triton takes float16, bfloat16 and float32"
+    if request.dtype == torch.float32 and torch.version.hip is not None:
+        return "attention in Triton takes no float32 on AMD's GPUs: it needs three products of tf32"
     most = MOST_FEATURES[request.dtype]
     if max(request.head_features, request.value_features) > most:
         return f"attention in Triton takes heads of at most {most} features in {request.dtype}"

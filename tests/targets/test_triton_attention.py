@@ -45,6 +45,13 @@ def test_refusals(asked, reason):
 
 
 @needs_triton
+def test_amd_has_no_exact_float32(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in attend_in_triton(request(torch.float32))
+    assert not isinstance(attend_in_triton(request()), str)
+
+
+@needs_triton
 def test_nothing_else_is_refused():
     for features in (1, 40, 63, 80, 128, 256):
         assert not isinstance(attend_in_triton(request(features=features)), str)
