@@ -71,7 +71,8 @@ def test_writing_is_pure():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", [case for case in ATTENTION_CASES if case.features == 128], ids=str)
-def test_the_gates_hold(case, capability):
+def test_the_gates_hold(case, capability, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     row = measure_attention(case, capability)
     assert row.failures == ()
     assert row.matrices
