@@ -32,6 +32,7 @@ from ptqc.passes.lower.few_launches import settings_for
 from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
+from ptqc.program import value_of
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
@@ -196,7 +197,8 @@ def _warn_of_break(gm: fx.GraphModule, options: _Options) -> None:
 def _warn_of_floats(gm: fx.GraphModule) -> None:
     """With `dynamic=True` dynamo takes numbers of modules, as a norm's epsilon, for inputs unless it is told not to."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and node.users]
-    if any(all(function_name(user) == "item" for user in node.users) for node in inputs):
+    numbers = [node for node in inputs if getattr(value_of(node), "dtype", None) == torch.float64]
+    if any(all(function_name(user) == "item" for user in node.users) for node in numbers):
         log.warning(
             "epsilons and scales are inputs of this graph, so norms and attention stay outside of kernels; "
             "torch._dynamo.config.specialize_float = True before compiling makes them constants"
