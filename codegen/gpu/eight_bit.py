@@ -20,7 +20,8 @@ from ptqc.codegen.gpu.chains import operand_names
 from ptqc.codegen.gpu.decode import Subtracted
 from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale, logical_parts, pack_scales, padded
 from ptqc.codegen.gpu.ptx import HALVES
-from ptqc.codegen.gpu.weight_only import POINTER_TYPES, SPLIT_LINES, group_lines, tail_arguments, tail_text
+from ptqc.codegen.gpu.split import summed_by_last
+from ptqc.codegen.gpu.weight_only import POINTER_TYPES, group_lines, tail_arguments, tail_text
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
@@ -185,7 +186,7 @@ def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
         block=form.layout.block,
         loop="\n        ".join([*group_lines(form), *_sum_lines(request, form, is_deferred)]),
         after="\n    ".join(_after_lines(request, form)),
-        split=SPLIT_LINES.format(tail=tail_arguments(request)),
+        split=summed_by_last(f"tail({tail_arguments(request)})"),
     )
 
 
