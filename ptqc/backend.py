@@ -31,7 +31,8 @@ from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, load_recipe, make_rule
+from ptqc.recipe import Recipe, requested_rules
+from ptqc.select import patterns_of
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
 
 __all__ = ["chosen_kernels", "kept_weights", "kernel_table", "ptqc", "stored_weights"]
@@ -61,18 +62,20 @@ class _Options:
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
         switches = {name: bool(given.get(name, False)) for name in _SWITCHES}
         common = switches | {"inductor": given.get("inductor", {})}
-        if "recipe" in given:
-            recipe = load_recipe(given["recipe"])
-        elif "method" in given:
-            request = {key: given[key] for key in _RULE_OPTIONS[1:] if key in given}
-            recipe = [make_rule("*", given["method"], options=method_options or None, **request)]
-        elif method_options or set(given) & set(_RULE_OPTIONS):
-            raise PtqcError(f"options {sorted(given)} name no method; known options: {', '.join(_OWN_OPTIONS)}")
-        else:
+        request = {key: given.get(key) for key in _RULE_OPTIONS[1:]} | {"options": method_options or None}
+        asked = sorted(given.keys() - {*_SWITCHES, "inductor"})
+        if not asked:
             return _Options(None, **common)
+        if given.get("method") is None and given.get("recipe") is None:
+            raise PtqcError(f"options {asked} name no method; known options: {', '.join(_OWN_OPTIONS)}")
+        recipe = requested_rules(given.get("method"), given.get("recipe"), request)
         _refuse_data(recipe)
-        include = given.get("include")
-        selection = Selection(recipe, None if include is None else tuple(include), tuple(given.get("exclude", ())))
+        include, exclude = (given.get(name) for name in ("include", "exclude"))
+        selection = Selection(
+            recipe,
+            None if include is None else patterns_of(include, "include"),
+            () if exclude is None else patterns_of(exclude, "exclude"),
+        )
         return _Options(selection, **common)
 
 

@@ -10,7 +10,9 @@ A method may bring transforms of its own (`brings`); they go first unless they a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ptqc.act_spec import ActSpec
 from ptqc.errors import PtqcError, UnknownNameError, first_line
@@ -118,7 +120,42 @@ def _set(draft: _Draft, options: Mapping[str, Any]) -> _Draft:
     if unknown:
         raise PtqcError(f"{_kind(draft)} has no option {', '.join(map(str, unknown))}; known: {_known(draft)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}  # from files
+    for name, value in given.items():
+        _check_type(draft, name, value)
     return _Draft(draft.name, draft.kind, {**draft.options, **given}, draft.made)
+
+
+def _check_type(draft: _Draft, option: str, value: Any) -> None:
+    """Hold an option against the annotation of its field: "no" is no False, and would pass for True."""
+    try:
+        hint = get_type_hints(draft.kind).get(option, Any)
+    except NameError:  # a package of one's own may annotate with names that it does not import
+        return
+    if not _fits(value, hint):
+        raise PtqcError(f"{_kind(draft)}: {option} must be {_spelled(hint)}, not {value!r}")
+
+
+def _spelled(hint: Any) -> str:
+    """An annotation as a user writes its values: bool or 'static'."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_spelled, get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+_NUMBERS: Mapping[Any, type] = {float: Real, int: Integral}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is one of plain type, choice of values, or union of those; other annotations take anything."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in _NUMBERS:
+        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, type(None)) else True
 
 
 def _kind(draft: _Draft) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ptqc.api as api
-from ptqc.backend import kept_weights, stored_weights
+from ptqc.backend import _Options, kept_weights, stored_weights
 from ptqc.errors import PtqcError
 from ptqc.methods import METHODS
 from ptqc.qtensor import QuantTensor
@@ -237,3 +237,18 @@ def test_what_needs_data_is_sent_to_quantize(method):
     compiled = torch.compile(torch.nn.Linear(64, 64), backend="ptqc", options={"method": method})
     with pytest.raises(Exception, match=r"needs calibration data, .* call ptqc.quantize\(model"):
         compiled(torch.ones(1, 64))
+
+
+def test_a_pattern_may_be_a_text():
+    model = Stack().eval()
+    with torch.no_grad():
+        torch.compile(model, backend="ptqc", options=OPTIONS | {"exclude": "blocks.0"})(torch.randn(3, 64))
+    assert set(stored_weights(model)) == {"blocks.1.up.weight", "blocks.1.down.weight"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": [{"pattern": "*", "method": "rtn"}], "exlude": ["a"]}, {"exclude": ["a"]}]
+)
+def test_options_that_would_be_ignored_are_errors(options):
+    with pytest.raises(PtqcError, match=r"drop exlude|\['exclude'\] name no method"):
+        _Options.parse(options)

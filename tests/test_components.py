@@ -1,8 +1,10 @@
 """What a user writes for a method: names, instances, lists, mappings, and where the options go."""
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from ptqc.act_spec import ActSpec
@@ -134,3 +136,25 @@ def test_anything_that_quantizes_can_be_described():
 
     assert describe(Odd(levels=(1.0, 2.0), how=int)) == {"name": "Odd", "levels": [1.0, 2.0], "how": "<class 'int'>"}
     assert describe(Bare()) == {"name": "Bare"}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("rtn", {"symmetric": "no"}, "method 'rtn': symmetric must be bool, not 'no'"),
+        ("hqq", {"iterations": 2.5}, "iterations must be int, not 2.5"),
+        ("hqq", {"iterations": True}, "iterations must be int, not True"),
+        ("gptq", {"damp": "0.1"}, "damp must be float, not '0.1'"),
+        ("gptq", {"act_order": "yes"}, "act_order must be bool or 'static', not 'yes'"),
+        ({"name": "smoothquant", "alpha": "most"}, {}, "transform 'smoothquant': alpha must be float or 'search', not 'most'"),
+        ("w8a8", {"inputs": "row"}, "inputs must be 'token' or 'tensor' or 'static', not 'row'"),
+    ],
+)
+def test_options_are_held_against_their_types(method, options, message):
+    with pytest.raises(PtqcError, match=re.escape(message)):
+        chain(method, options)
+
+
+def test_numbers_of_any_kind_are_numbers():
+    assert chain("gptq", {"damp": 1, "act_order": False}).method.damp == 1
+    assert chain("hqq", {"iterations": np.int64(3), "norm": np.float32(0.5)}).method.iterations == 3

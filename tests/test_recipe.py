@@ -85,7 +85,7 @@ def test_rows_of_a_file_hold_transforms_activations_and_options(tmp_path):
         ("- {pattern: a, method: rtn, activation: int9}", "line 1: 'int9' is no activation spec"),
         ("- {pattern: a, method: none, transforms: turning}", "line 1: a weight that stays in float"),
         ("- {pattern: a, method: rtn, options: {x: 1}}", "line 1: method 'rtn' has no option x"),
-        ("- {pattern: a, method: {name: gptq, damp: {}}}", "line 1: method 'gptq' cannot be made with {'damp'"),
+        ("- {pattern: a, method: {name: gptq, damp: {}}}", "line 1: method 'gptq': damp must be float, not {}"),
         ("[" * 5000, "cannot read the recipe .*recursion"),
         ("- {pattern: a, bits: 1" + "0" * 5000 + "}", "cannot read the recipe .*: Exceeds the limit"),
     ],
@@ -175,3 +175,18 @@ def test_lists_of_files_become_values(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("- {pattern: a, method: {name: quip_sharp, multiples: [0.9, 1.1]}}\n")
     assert hash(load_recipe(file)[0]) == hash(load_recipe(recipe_rows(load_recipe(file)))[0])
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"bits": "4"}, "bits must be a number; got '4'"),
+        ({"bits": True}, "bits must be a number"),
+        ({"group_size": 64.0}, "group_size must be a whole number"),
+        ({"spec": 4}, "spec must be a spec such as"),
+        ({"activation": 8}, "activation must be an activation spec"),
+    ],
+)
+def test_requests_are_held_against_their_types(request_, message):
+    with pytest.raises(PtqcError, match=message):
+        make_rule("*", "rtn", **request_)
