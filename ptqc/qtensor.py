@@ -213,6 +213,23 @@ class QuantTensor(torch.Tensor):
 
     # ---------------------------------------------------------------- being a tensor
 
+    def share_memory_(self) -> "QuantTensor":
+        """Move everything that is held into memory that other processes see; torch's own would share no storage."""
+        for tensor in self._memories:
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes see what is held."""
+        return all(tensor.is_shared() for tensor in self._memories)
+
+    @property
+    def _memories(self) -> list[Tensor]:
+        """Every tensor that holds something of it: parts, extras, and what kernels read."""
+        held = () if self.held is None else self.held.prepared
+        kept = (part for name, part in self.slots.items() if name not in self.given_up)
+        return [*kept, *self.extras.values(), *held]
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:

@@ -1,10 +1,10 @@
 """Sites: the parameters of a model that a method may quantize, and the reason why each other one is left.
 
 By structure, without running anything: 1. the weight of every linear (and of Conv1D, which stores [in, out]); 2. the
-packed projections of `nn.MultiheadAttention`; 3. the weights of recurrent modules, if they are named: their kernels take
-dequantized weights, so that quantizing saves memory and costs time. Other parameters of two or more dimensions (packed experts, bare
-matrices) are decided by how the graph uses them (`ptqc.weights`), which takes an example batch; a model that has none
-of them is not run.
+packed projections of `nn.MultiheadAttention`; 3. the weights of recurrent modules, if they are named: their kernels
+take dequantized weights, so that quantizing saves memory and costs time. Other parameters of two or more dimensions
+(packed experts, bare matrices) are decided by how the graph uses them (`ptqc.weights`), which takes an example batch; a
+model that has none of them is not run.
 """
 
 import logging
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ptqc.calibrate import moved
 from ptqc.capture import CapturedGraph, capture
 from ptqc.errors import first_line
+from ptqc.misfit import run_once
 from ptqc.qtensor import QuantTensor
 from ptqc.select import Patterns, matches_any, patterns_of, unmatched
 from ptqc.spec import WeightSpec
@@ -217,12 +218,12 @@ def _captured(
         return capture(model, example)
     except Exception as error:
         if batch is not None:
-            raise
+            run_once(model, example)  # raises if the batch is at fault
+        why = "dynamo cannot trace the model" if batch is not None else "the model does not run on its dummy inputs"
         names = ", ".join(held.names[0] for held in unclear[:3]) + (", ..." if len(unclear) > 3 else "")
-        log.warning(
-            "how %d weights are used (%s) is unknown: the model does not run on its dummy inputs (%s); "
-            "pass calibration if they are to be quantized", len(unclear), names, first_line(error),
-        )  # fmt: skip
+        advice = "" if batch is not None else "; pass calibration if they are to be quantized"
+        reason = first_line(error)
+        log.warning("how %d weights are used (%s) is unknown: %s (%s)%s", len(unclear), names, why, reason, advice)
         return None
 
 

@@ -214,7 +214,7 @@ def test_recurrent_modules_compute_with_what_they_hold(kind):
     torch.manual_seed(0)
     model, x = kind(64, 64, num_layers=2).eval(), torch.randn(5, 2, 64)
     expected = model(x)[0]
-    with pytest.raises(PtqcError, match="weight_ih_l0: of a recurrent module .name it in include"):
+    with pytest.raises(PtqcError, match=r"weight_ih_l0: of a recurrent module .name it in include"):
         api.quantize(model, "rtn", progress=False)
     api.quantize(model, "rtn", bits=2, include=["weight_*"], progress=False)
     assert len(names(model)) == 4

@@ -146,7 +146,11 @@ def test_anything_that_quantizes_can_be_described():
         ("hqq", {"iterations": True}, "iterations must be int, not True"),
         ("gptq", {"damp": "0.1"}, "damp must be float, not '0.1'"),
         ("gptq", {"act_order": "yes"}, "act_order must be bool or 'static', not 'yes'"),
-        ({"name": "smoothquant", "alpha": "most"}, {}, "transform 'smoothquant': alpha must be float or 'search', not 'most'"),
+        (
+            {"name": "smoothquant", "alpha": "most"},
+            {},
+            "transform 'smoothquant': alpha must be float or 'search', not 'most'",
+        ),
         ("w8a8", {"inputs": "row"}, "inputs must be 'token' or 'tensor' or 'static', not 'row'"),
     ],
 )

@@ -370,3 +370,15 @@ def test_an_order_on_top_of_an_order():
         logical, WeightSpec.parse("int8"), torch.float32, False, Surroundings(order=True), {"order": outer.int()}
     )
     assert torch.equal(twice.dequantize(), q.dequantize()[:, outer])
+
+
+def test_sharing_with_other_processes_shares_what_is_held():
+    """torch's own share_memory_ asks a wrapper for a storage that it does not have, and crashes."""
+    model = torch.nn.Linear(64, 64)
+    weight = quantize_weight(model.weight, METHODS.get("rtn")(), WeightSpec.parse("int4g32"))
+    model.weight = torch.nn.Parameter(weight, requires_grad=False)
+    expected = model.weight.dequantize()
+    assert not model.weight.is_shared()
+    assert model.share_memory().weight.is_shared()
+    assert all(part.is_shared() for part in model.weight.parts.values())
+    assert torch.equal(model.weight.dequantize(), expected)
