@@ -14,6 +14,7 @@ Changing a float parameter after compilation is not seen, as with Inductor's fre
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from ptqc.errors import PtqcError
 from ptqc.identity import mark_of
 from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
 from ptqc.passes.lower.order import lowering
+from ptqc.passes.lower.quantize_weights import NO_PRODUCT
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
 from ptqc.qtensor import QuantTensor
@@ -111,6 +113,8 @@ def ptqc(
     note_kernels(context.chosen)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
+    if parsed.selection is not None and context.kept and not context.quantized:
+        _warn_of_nothing(context)
     if parsed.free:
         _free(graph, context)
     tell_static_inputs(graph.module)
@@ -182,6 +186,17 @@ def _warn_of_break(gm: fx.GraphModule, options: _Options) -> None:
             "graph break (%s): weights used between graphs stay in float; "
             "ptqc.quantize(model, ...) before torch.compile reaches them all",
             first,
+        )
+
+
+def _warn_of_nothing(context: Context) -> None:
+    """Say that a graph keeps all its weights in float because its operators are none that are known to multiply."""
+    reasons = Counter(reason for reason in context.kept.values() if reason.endswith(NO_PRODUCT))
+    if reasons:
+        counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        log.warning(
+            "no weight of a graph was quantized (%s); ptqc.quantize(model, ...) before torch.compile may reach more",
+            counted,
         )
 
 

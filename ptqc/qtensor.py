@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.utils._pytree import tree_map_only
 
 from ptqc import ops, storage
@@ -308,6 +309,13 @@ class QuantTensor(torch.Tensor):
             return result
         _refuse_mutation(func, args, kwargs)
         return func(*tree_map_only(QuantTensor, _plain, args), **tree_map_only(QuantTensor, _plain, kwargs))
+
+
+# Below a frame that dynamo has skipped (a recurrent module, say) it compiles what is called; it must not trace this.
+set_code_exec_strategy(
+    QuantTensor.__torch_dispatch__.__func__.__code__,  # type: ignore[attr-defined]
+    _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP),
+)
 
 
 def _rebuild(

@@ -252,3 +252,32 @@ def test_a_pattern_may_be_a_text():
 def test_options_that_would_be_ignored_are_errors(options):
     with pytest.raises(PtqcError, match=r"drop exlude|\['exclude'\] name no method"):
         _Options.parse(options)
+
+
+def test_operators_that_are_no_products_are_said(caplog):
+    """The fast path of an encoder layer is one operator that takes all weights."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    with torch.no_grad():
+        torch.compile(layer, backend="ptqc", options=OPTIONS | {"inductor": {}})(torch.randn(2, 3, 64))
+    says = "read by _transformer_encoder_layer_fwd, which is no matrix product"
+    assert set(kept_weights(layer).values()) == {says} and len(kept_weights(layer)) == 4
+    assert f"no weight of a graph was quantized (4 {says})" in caplog.text
+
+
+class Recurrent(nn.Module):
+    """Dynamo leaves its frame to the interpreter, and compiles what is called below it."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["ptqc", "eager"])
+def test_stored_weights_below_a_frame_that_dynamo_skips(backend):
+    model, x = api.quantize(Recurrent().eval(), "rtn", bits=4, progress=False), torch.randn(3, 2, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert agree(torch.compile(model, backend=backend)(x), model(x))
