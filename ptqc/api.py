@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from ptqc.option_types import wrong_option
 from ptqc.plan import plan_work
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules, wants
+from ptqc.select import Patterns
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 
@@ -47,8 +48,8 @@ def quantize(
     spec: str | WeightSpec | None = None,
     activation: str | ActSpec | None = None,
     recipe: str | Path | Recipe | Sequence[Mapping[str, Any]] | None = None,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     samples: int = 128,

@@ -22,7 +22,7 @@ def assign(
     """
     work, left = [], []
     for site in sites:
-        rule = rule_for(site.name, recipe)
+        rule = rule_for(site.name, recipe, site.aliases)
         if rule is None or rule.method is None:
             left.append(Skipped(site.name, "no rule of the recipe matches" if rule is None else "the recipe keeps it"))
         elif not rule.is_data_free and not has_data:

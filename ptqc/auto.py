@@ -24,6 +24,7 @@ from ptqc.knapsack import choose_one_each
 from ptqc.methods import quantize_weight
 from ptqc.passes.observe.run import observe
 from ptqc.recipe import Recipe, Rule
+from ptqc.select import Patterns
 from ptqc.sensitivity import Forms, by_fisher, by_kl
 from ptqc.sites import Site, find_sites, select_sites
 from ptqc.spec import WeightSpec
@@ -49,8 +50,8 @@ def auto(
     samples: int = 32,
     window: int = 256,
     seed: int = 0,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
     measure: Literal["fisher", "kl"] = "fisher",
     on_step: OnStep = lambda what, done, total: None,
 ) -> Recipe:

@@ -14,6 +14,7 @@ Changing a float parameter after compilation is not seen, as with Inductor's fre
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +31,13 @@ from ptqc.identity import mark_of
 from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
 from ptqc.passes.lower.few_launches import settings_for
 from ptqc.passes.lower.order import lowering
+from ptqc.passes.lower.quantize_weights import NO_PRODUCT
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
 from ptqc.program import value_of
 from ptqc.qtensor import QuantTensor
-from ptqc.recipe import Recipe, load_recipe, make_rule
+from ptqc.recipe import Recipe, requested_rules
+from ptqc.select import patterns_of
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
 from ptqc.views import function_name
 
@@ -66,18 +69,20 @@ class _Options:
         method_options = {key: value for key, value in given.items() if key not in _OWN_OPTIONS}
         switches = {name: bool(given.get(name, False)) for name in _SWITCHES}
         common = switches | {"inductor": given.get("inductor", {})}
-        if "recipe" in given:
-            recipe = load_recipe(given["recipe"])
-        elif "method" in given:
-            request = {key: given[key] for key in _RULE_OPTIONS[1:] if key in given}
-            recipe = [make_rule("*", given["method"], options=method_options or None, **request)]
-        elif method_options or set(given) & set(_RULE_OPTIONS):
-            raise PtqcError(f"options {sorted(given)} name no method; known options: {', '.join(_OWN_OPTIONS)}")
-        else:
+        request = {key: given.get(key) for key in _RULE_OPTIONS[1:]} | {"options": method_options or None}
+        asked = sorted(given.keys() - {*_SWITCHES, "inductor"})
+        if not asked:
             return _Options(None, **common)
+        if given.get("method") is None and given.get("recipe") is None:
+            raise PtqcError(f"options {asked} name no method; known options: {', '.join(_OWN_OPTIONS)}")
+        recipe = requested_rules(given.get("method"), given.get("recipe"), request)
         _refuse_data(recipe)
-        include = given.get("include")
-        selection = Selection(recipe, None if include is None else tuple(include), tuple(given.get("exclude", ())))
+        include, exclude = (given.get(name) for name in ("include", "exclude"))
+        selection = Selection(
+            recipe,
+            None if include is None else patterns_of(include, "include"),
+            () if exclude is None else patterns_of(exclude, "exclude"),
+        )
         return _Options(selection, **common)
 
 
@@ -115,6 +120,8 @@ def ptqc(
     note_kernels(context.chosen)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
+    if parsed.selection is not None and context.kept and not context.quantized:
+        _warn_of_nothing(context)
     if parsed.free:
         _free(graph, context)
     tell_static_inputs(graph.module)
@@ -202,6 +209,17 @@ def _warn_of_floats(gm: fx.GraphModule) -> None:
         log.warning(
             "epsilons and scales are inputs of this graph, so norms and attention stay outside of kernels; "
             "torch._dynamo.config.specialize_float = True before compiling makes them constants"
+        )
+
+
+def _warn_of_nothing(context: Context) -> None:
+    """Say that a graph keeps all its weights in float because its operators are none that are known to multiply."""
+    reasons = Counter(reason for reason in context.kept.values() if reason.endswith(NO_PRODUCT))
+    if reasons:
+        counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        log.warning(
+            "no weight of a graph was quantized (%s); ptqc.quantize(model, ...) before torch.compile may reach more",
+            counted,
         )
 
 

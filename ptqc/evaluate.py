@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqc.errors import PtqcError
+from ptqc.misfit import does_not_run, positions_of
 
 __all__ = ["Evaluation", "LogProbabilities", "evaluate", "record", "windows_of"]
 
@@ -102,6 +103,9 @@ def evaluate(
     cut = windows_of(tokens, window, windows)
     if isinstance(against, LogProbabilities) and not torch.equal(against.windows, cut.cpu()):
         raise PtqcError("the recorded log-probabilities belong to other windows; record them again for this text")
+    positions = positions_of(model)
+    if positions is not None and cut.shape[1] > positions:
+        log.warning("windows of %d tokens are longer than the %d positions of the model", cut.shape[1], positions)
     started = time.perf_counter()
     sums = _Sums()
     with _scoring(model), _scoring(against):
@@ -191,7 +195,10 @@ def _scoring(model: object) -> Iterator[None]:
 def _logits(model: nn.Module, part: Tensor) -> Tensor:
     """Logits of all positions but the last, [windows, window - 1, vocabulary]."""
     device = next((parameter.device for parameter in model.parameters()), part.device)
-    output = model(part.to(device))
+    try:
+        output = model(part.to(device))
+    except Exception as error:  # of the model's own code: anything
+        raise does_not_run(model, {"input_ids": part}, error) from error
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != part.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__

@@ -8,7 +8,7 @@ and on folders, whose weights are not read.
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ptqc.passes.groups.find import find_groups
 from ptqc.planned import NOT_CAPTURED, Plan, PlannedGroup, PlannedWeight
 from ptqc.program import program
 from ptqc.recipe import Recipe, Rule, fitted_spec, requested_rules
+from ptqc.select import Patterns
 from ptqc.sites import UNUSED, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
@@ -50,8 +51,8 @@ def plan(
     spec: str | WeightSpec | None = None,
     activation: str | ActSpec | None = None,
     recipe: str | Path | Recipe | Sequence[Mapping[str, Any]] | None = None,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     samples: int = 128,
@@ -104,9 +105,9 @@ def _weightless(model: nn.Module) -> nn.Module:
     made: dict[int, Tensor] = {}
     for module in copied.modules():
         for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
+            for name, tensor in list(held.items()):
                 if tensor is not None and tensor.is_meta:
-                    held[name] = made.setdefault(id(tensor), _zero_like(tensor))  # type: ignore[assignment]
+                    setattr(module, name, made.setdefault(id(tensor), _zero_like(tensor)))
     return copied
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ptqc.errors import PtqcError
 from ptqc.methods import Method, quantize_weight
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe_file import KEYS, Row, check_keys, read_rows
-from ptqc.select import matches
+from ptqc.select import matches_any
 from ptqc.spec import WeightSpec
 from ptqc.surroundings import Surroundings
 from ptqc.transforms import Member, Transform, surround
@@ -104,6 +105,7 @@ def make_rule(
 
     Raises: PtqcError if spec and bits or group_size contradict each other, or the method cannot do the spec.
     """
+    _check_types({"bits": bits, "group_size": group_size, "spec": spec, "activation": activation})
     first = entries(transforms)
     if method is None or method == "none":
         if first and method == "none":
@@ -126,6 +128,21 @@ def make_rule(
     return Rule(pattern, made.method, exact, True, made.transforms, act)
 
 
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bits": (Real, "a number"),
+    "group_size": (Integral, "a whole number, -1 for the whole row"),
+    "spec": ((str, WeightSpec), 'a spec such as "int4g64"'),
+    "activation": ((str, ActSpec), 'an activation spec such as "int8-token"'),
+}
+
+
+def _check_types(request: Mapping[str, Any]) -> None:
+    for name, value in request.items():
+        types, wanted = _TYPES[name]
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            raise PtqcError(f"{name} must be {wanted}; got {value!r}")
+
+
 # -------------------------------------------------------------------- recipes
 
 
@@ -142,7 +159,8 @@ def requested_rules(
         raise PtqcError("give either a method or a recipe")
     if recipe is None:
         return [make_rule("*", method, **request)]
-    given = [name for name, value in request.items() if value is not None]
+    asked = {**request, **(request.get("options") or {}), "options": None}
+    given = [name for name, value in asked.items() if value is not None]
     if given:
         raise PtqcError(f"a recipe says everything itself; drop {', '.join(given)}")
     return load_recipe(recipe)
@@ -252,9 +270,9 @@ def recipe_of(model: nn.Module) -> tuple[Mapping[str, Any], ...]:
     return getattr(model, "_ptqc_recipe", ())
 
 
-def rule_for(name: str, recipe: Recipe) -> Rule | None:
-    """The first rule whose pattern matches the parameter `name`."""
-    return next((rule for rule in recipe if matches(name, [rule.pattern])), None)
+def rule_for(name: str, recipe: Recipe, aliases: Sequence[str] = ()) -> Rule | None:
+    """The first rule whose pattern matches the parameter `name`. aliases: its other names, where it is tied."""
+    return next((rule for rule in recipe if matches_any((name, *aliases), [rule.pattern])), None)
 
 
 def wants(name: str, recipe: Recipe) -> bool:

@@ -50,7 +50,12 @@ def sweep(path: Path) -> None:
 
 
 def shortage(target: Path, needed: int) -> str | None:
-    """What to tell if a disk cannot hold `needed` bytes at `target`; None if it can."""
+    """What to tell if a disk cannot hold `needed` bytes at `target`; None if it can.
+
+    target: the place, or where it is written until then: users are told the place.
+    """
+    if re.fullmatch(rf"\..+\.ptqc-{_PART}-[0-9a-f]{{8}}", target.parent.name):
+        target = target.parent.with_name(target.name)
     existing = next(folder for folder in target.resolve().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free >= needed:

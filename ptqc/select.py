@@ -6,7 +6,39 @@ from fnmatch import fnmatchcase
 
 from ptqc.errors import PtqcError
 
-__all__ = ["matches"]
+__all__ = ["Patterns", "matches", "matches_any", "patterns_of", "unmatched"]
+
+Patterns = str | Iterable[str]
+"""One pattern or several, as a user gives them."""
+
+
+def patterns_of(given: Patterns, what: str = "patterns") -> tuple[str, ...]:
+    """The patterns that a user gives: a text is one pattern, not one for each of its letters.
+
+    >>> patterns_of("lm_head"), patterns_of(["lm_head", "*.mlp.*"])
+    (('lm_head',), ('lm_head', '*.mlp.*'))
+
+    Raises: PtqcError for what is no text.
+    """
+    if isinstance(given, str):
+        return (given,)
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise PtqcError(f'{what} takes patterns of names, as in ["lm_head", "*.mlp.*"]; got {pattern!r}')
+    return found
+
+
+def matches_any(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether any pattern names a parameter by any of its names: one that is tied has several."""
+    wanted = tuple(patterns)
+    return any(matches(name, wanted) for name in names)
+
+
+def unmatched(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The patterns that name none of the parameters: misspelt, most likely."""
+    known = list(names)
+    return [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in known)]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,13 +1,14 @@
 """Sites: the parameters of a model that a method may quantize, and the reason why each other one is left.
 
 By structure, without running anything: 1. the weight of every linear (and of Conv1D, which stores [in, out]); 2. the
-packed projections of `nn.MultiheadAttention`. Other parameters of two or more dimensions (packed experts, bare
-matrices) are decided by how the graph uses them (`ptqc.weights`), which takes an example batch; a model that has none
-of them is not run.
+packed projections of `nn.MultiheadAttention`; 3. the weights of recurrent modules, if they are named: their kernels
+take dequantized weights, so that quantizing saves memory and costs time. Other parameters of two or more dimensions
+(packed experts, bare matrices) are decided by how the graph uses them (`ptqc.weights`), which takes an example batch; a
+model that has none of them is not run.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ptqc.calibrate import moved
 from ptqc.capture import CapturedGraph, capture
+from ptqc.errors import first_line
+from ptqc.misfit import run_once
 from ptqc.qtensor import QuantTensor
-from ptqc.select import matches
+from ptqc.select import Patterns, matches_any, patterns_of, unmatched
 from ptqc.spec import WeightSpec
 from ptqc.weights import weight_uses
 
@@ -33,6 +36,11 @@ UNKNOWN_USE = "how it is used is unknown without an example batch (pass calibrat
 UNUSED = "no matrix product reads it"
 """The reason of a matrix that is in no graph, or in none as the operand of a product."""
 
+_CONVOLUTION = "a convolution"
+_FIXED = frozenset({UNKNOWN_USE, _CONVOLUTION})
+"""Reasons that naming a weight in include does not change."""
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -41,13 +49,19 @@ class Site:
     """A parameter to quantize.
 
     name: qualified name of its first owner. owners: every (module, attribute) that holds it: tied weights have
-    several. is_transposed: it stores [..., in, out].
+    several. is_transposed: it stores [..., in, out]. aliases: its names in the other owners.
     """
 
     name: str
     weight: nn.Parameter
     owners: tuple[tuple[nn.Module, str], ...]
     is_transposed: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a pattern may call it by."""
+        return (self.name, *self.aliases)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -69,7 +83,7 @@ class Site:
         """Put another tensor in the place of the parameter, in every owner."""
         parameter = nn.Parameter(weight, requires_grad=False)
         for module, attribute in self.owners:
-            module._parameters[attribute] = parameter
+            setattr(module, attribute, parameter)  # recurrent modules keep lists of their weights, and update them
 
 
 @dataclass(frozen=True)
@@ -91,12 +105,13 @@ class _Held:
 
 def _held(model: nn.Module) -> list[_Held]:
     held: dict[int, _Held] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, weight in module._parameters.items():
             if weight is not None and weight.ndim >= 2:
                 entry = held.setdefault(id(weight), _Held(weight, [], []))
                 entry.names.append(f"{prefix}.{attribute}" if prefix else attribute)
-                entry.owners.append((module, attribute))
+                if (module, attribute) not in entry.owners:  # a module in two places has two names and is one owner
+                    entry.owners.append((module, attribute))
     return list(held.values())
 
 
@@ -134,7 +149,7 @@ def find_sites(
 
 
 def _site(held: _Held, is_transposed: bool) -> Site:
-    return Site(held.names[0], held.weight, tuple(held.owners), is_transposed)
+    return Site(held.names[0], held.weight, tuple(held.owners), is_transposed, tuple(held.names[1:]))
 
 
 def output_head(model: nn.Module) -> Tensor | None:
@@ -153,17 +168,21 @@ def _by_structure(held: _Held) -> tuple[bool | None, str | None]:
     if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in modules):
         return None, "an embedding" if len(modules) == 1 else "tied to an embedding"
     if any(isinstance(module, _CONVOLUTIONS) for module in modules):
-        return None, "a convolution"
+        return None, _CONVOLUTION
+    if any(isinstance(module, _RECURRENT) for module in modules):
+        return None, "of a recurrent module (name it in include to quantize it)"
     if min(held.weight.shape[-2:]) == 1 or held.weight.shape[-1] * held.weight.shape[-2] < 16:
         return None, f"shape {tuple(held.weight.shape)} is no matrix worth packing"
+    return _orientation(held), None
+
+
+def _orientation(held: _Held) -> bool | None:
+    """Whether it stores [..., in, out], None if only the graph can tell."""
     module, attribute = held.owners[0]
-    if isinstance(module, nn.Linear) and attribute == "weight":
-        return False, None
-    if isinstance(module, Conv1D) and attribute == "weight":
-        return True, None
-    if isinstance(module, nn.MultiheadAttention):
-        return False, None
-    return None, None
+    if isinstance(module, (nn.MultiheadAttention, *_RECURRENT)):
+        return False
+    kinds = ((nn.Linear, False), (Conv1D, True))
+    return next((turned for kind, turned in kinds if isinstance(module, kind) and attribute == "weight"), None)
 
 
 def _by_graph(
@@ -175,7 +194,7 @@ def _by_graph(
     """For each unclear parameter: is_transposed, or the reason to keep it."""
     if not unclear:
         return
-    found = graphs if graphs is not None else _captured(model, batch)
+    found = graphs if graphs is not None else _captured(model, batch, unclear)
     verdicts = None if found is None else _verdicts(found)
     for held in unclear:
         if verdicts is None:
@@ -184,8 +203,10 @@ def _by_graph(
             yield verdicts.get(id(held.weight), UNUSED)
 
 
-def _captured(model: nn.Module, batch: Mapping[str, Any] | None) -> Sequence[CapturedGraph] | None:
-    """The graphs of a model, None where there is nothing to run it on."""
+def _captured(
+    model: nn.Module, batch: Mapping[str, Any] | None, unclear: Sequence[_Held]
+) -> Sequence[CapturedGraph] | None:
+    """The graphs of a model, None where there is nothing to run it on. unclear: what they are wanted for."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
     example = batch if batch is not None else getattr(model, "dummy_inputs", None)
@@ -197,8 +218,12 @@ def _captured(model: nn.Module, batch: Mapping[str, Any] | None) -> Sequence[Cap
         return capture(model, example)
     except Exception as error:
         if batch is not None:
-            raise
-        log.warning("the model does not run on its dummy inputs (%s); pass calibration to reach every weight", error)
+            run_once(model, example)  # raises if the batch is at fault
+        why = "dynamo cannot trace the model" if batch is not None else "the model does not run on its dummy inputs"
+        names = ", ".join(held.names[0] for held in unclear[:3]) + (", ..." if len(unclear) > 3 else "")
+        advice = "" if batch is not None else "; pass calibration if they are to be quantized"
+        reason = first_line(error)
+        log.warning("how %d weights are used (%s) is unknown: %s (%s)%s", len(unclear), names, why, reason, advice)
         return None
 
 
@@ -217,23 +242,37 @@ def select_sites(
     sites: Sequence[Site],
     skipped: Sequence[Skipped],
     model: nn.Module,
-    include: Iterable[str] | None,
-    exclude: Iterable[str] | None,
+    include: Patterns | None,
+    exclude: Patterns | None,
 ) -> tuple[list[Site], list[Skipped]]:
-    """Apply the user's patterns. include: only these, also the head and embeddings if named; exclude: not these."""
+    """Apply the user's patterns. include: only these, also the head and embeddings if named; exclude: not these.
+
+    A tied weight goes by each of its names. Convolutions, and weights of which only running the model can tell how they
+    are used, are not quantized however they are named. Patterns that name nothing are logged.
+    """
     chosen, left = list(sites), list(skipped)
+    wanted = () if include is None else patterns_of(include, "include")
+    unwanted = () if exclude is None else patterns_of(exclude, "exclude")
+    _warn_of_misspelt(model, {"include": wanted, "exclude": unwanted})
     if include is not None:
-        wanted = list(include)
-        chosen = [site for site in chosen if matches(site.name, wanted)]
-        named = {entry.name for entry in left if matches(entry.name, wanted) and entry.reason not in ("a convolution",)}
-        chosen += [_site(held, False) for held in _held(model) if held.names[0] in named]
-        left = [entry for entry in left if entry.name not in named]
+        chosen = [site for site in chosen if matches_any(site.names, wanted)]
         left += [Skipped(site.name, "not included") for site in sites if site not in chosen]
-    if exclude is not None:
-        unwanted = list(exclude)
-        left += [Skipped(site.name, "excluded") for site in chosen if matches(site.name, unwanted)]
-        chosen = [site for site in chosen if not matches(site.name, unwanted)]
+        fixed = {entry.name for entry in skipped if entry.reason in _FIXED}
+        possible = {entry.name for entry in skipped} - fixed
+        named = [held for held in _held(model) if held.names[0] in possible and matches_any(held.names, wanted)]
+        chosen += [_site(held, bool(_orientation(held))) for held in named]
+        left = [entry for entry in left if entry.name not in {held.names[0] for held in named}]
+    if unwanted:
+        left += [Skipped(site.name, "excluded") for site in chosen if matches_any(site.names, unwanted)]
+        chosen = [site for site in chosen if not matches_any(site.names, unwanted)]
     return chosen, left
+
+
+def _warn_of_misspelt(model: nn.Module, patterns: Mapping[str, Sequence[str]]) -> None:
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for what, given in patterns.items():
+        for pattern in unmatched(names, given):
+            log.warning("%s: the pattern %r names no parameter of the model", what, pattern)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ptqc.errors import PtqcError
 from ptqc.identity import WeightTable
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, rule_for
-from ptqc.select import matches
+from ptqc.select import matches_any
 from ptqc.sites import output_head
 from ptqc.weights import WeightUse
 
@@ -38,7 +38,7 @@ _stored: WeightTable[dict[Rule, QuantTensor]] = WeightTable()
 _kept: WeightTable[str] = WeightTable()
 _pinned: WeightTable[str] = WeightTable()
 _heads: WeightTable[bool] = WeightTable()
-_names: WeightTable[str] = WeightTable()
+_names: WeightTable[tuple[str, ...]] = WeightTable()
 
 
 def stored_weights(model: nn.Module) -> dict[str, QuantTensor]:
@@ -92,13 +92,16 @@ def learn_model() -> None:
         head = output_head(value)
         if head is not None:
             _heads[head] = True
-        for name, parameter in value.named_parameters():
-            _names.setdefault(parameter, name)
+        names: dict[nn.Parameter, tuple[str, ...]] = {}
+        for name, parameter in value.named_parameters(remove_duplicate=False):
+            names[parameter] = (*names.get(parameter, ()), name)
+        for parameter, known in names.items():
+            _names.setdefault(parameter, known)
 
 
 def name_of(parameter: nn.Parameter, otherwise: str) -> str:
     """Qualified name of a parameter in the outermost model seen, else what dynamo calls it."""
-    return _names.get(parameter, otherwise)
+    return _names.get(parameter, (otherwise,))[0]
 
 
 def call_alike(parameter: nn.Parameter, other: object) -> None:
@@ -125,7 +128,7 @@ class Selection:
     def store(self, name: str, use: WeightUse) -> QuantTensor | str:
         """The stored form of a parameter, made on first use, or the reason to leave it."""
         weight = use.parameter
-        rule = rule_for(name, self.recipe)
+        rule = rule_for(name, self.recipe, _names.get(weight, ()))
         reason = self._reason_to_keep(name, use, rule)
         if reason is not None:
             return reason
@@ -140,14 +143,15 @@ class Selection:
             return None
         if use.reason is not None:
             _pinned[use.parameter] = use.reason
+        names = (name, *_names.get(use.parameter, ()))
         checks: tuple[tuple[Callable[[], bool], str], ...] = (
             (lambda: use.parameter in _pinned, _pinned.get(use.parameter, "")),
-            (lambda: self.include is not None and not matches(name, self.include), "not included"),
+            (lambda: self.include is not None and not matches_any(names, self.include), "not included"),
             (
                 lambda: self.include is None and use.parameter in _heads,
                 "the output head (name it in include to quantize it)",
             ),
-            (lambda: matches(name, self.exclude), "excluded"),
+            (lambda: matches_any(names, self.exclude), "excluded"),
             (lambda: rule is None, "no rule of the recipe matches"),
             (lambda: rule is not None and rule.method is None, "the recipe keeps it"),
         )

@@ -153,3 +153,70 @@ def test_auto_is_a_method_of_quantize():
         api.quantize(nn.Linear(64, 64), "auto", bits=5)
     with pytest.raises(PtqcError, match="auto has no option bsae; known: bits, base"):
         api.quantize(nn.Linear(64, 64), "auto", bsae="rtn", calibration=data)
+
+
+def test_patterns_may_be_a_text_and_misspelt_ones_are_told(small, caplog):
+    model = api.quantize(copy.deepcopy(small), "rtn", exclude="second", progress=False)
+    assert names(model) == {"first.weight"} and not caplog.text
+    model = api.quantize(copy.deepcopy(small), "rtn", include="firs*", exclude=["secnod"], progress=False)
+    assert names(model) == {"first.weight"}
+    assert "exclude: the pattern 'secnod' names no parameter of the model" in caplog.text
+
+
+class Shared(nn.Module):
+    """One module in two places, and another that has its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second, self.third = self.first, nn.Linear(64, 64)
+        self.third.weight = self.first.weight
+
+    def forward(self, x):
+        return self.third(torch.relu(self.second(self.first(x))))
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third.weight"])
+def test_a_tied_weight_goes_by_each_of_its_names(small, name):
+    with pytest.raises(PtqcError, match="excluded"):
+        api.quantize(Shared(), "rtn", exclude=[name], progress=False)
+    recipe = [{"pattern": name, "method": "int8"}, {"pattern": "*", "method": "rtn"}]
+    model = api.quantize(Shared(), recipe=recipe, progress=False)
+    assert str(model.first.weight.spec) == "int8" and model.third.weight is model.first.weight
+    tied = api.quantize(small, "rtn", bits=8, include=["head"], progress=False)
+    assert names(tied) == {"embed.weight"} and tied.head.weight is tied.embed.weight
+
+
+def test_naming_a_weight_does_not_say_how_it_lies():
+    torch.manual_seed(0)
+    model, batch = Experts().eval(), {"x": torch.randn(5, 64)}
+    with pytest.raises(PtqcError, match="example batch"):
+        api.quantize(model, "rtn", include=["up"], progress=False)
+    api.quantize(model, "rtn", include=["up"], calibration=[batch], progress=False)
+    assert names(model) == {"up"} and model.up.is_transposed
+
+
+def test_a_head_that_lies_the_other_way_is_stored_so():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 64), Conv1D(32, 64)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    model = api.quantize(Turned(), "rtn", include=["head"], progress=False)
+    assert model.head.weight.is_transposed
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_modules_compute_with_what_they_hold(kind):
+    torch.manual_seed(0)
+    model, x = kind(64, 64, num_layers=2).eval(), torch.randn(5, 2, 64)
+    expected = model(x)[0]
+    with pytest.raises(PtqcError, match=r"weight_ih_l0: of a recurrent module .name it in include"):
+        api.quantize(model, "rtn", progress=False)
+    api.quantize(model, "rtn", bits=2, include=["weight_*"], progress=False)
+    assert len(names(model)) == 4
+    error = (model(x)[0] - expected).norm() / expected.norm()
+    assert 0.05 < error < 0.9

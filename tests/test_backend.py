@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ptqc.api as api
-from ptqc.backend import kept_weights, stored_weights
+from ptqc.backend import _Options, kept_weights, stored_weights
 from ptqc.errors import PtqcError
 from ptqc.methods import METHODS
 from ptqc.qtensor import QuantTensor
@@ -268,3 +268,47 @@ def test_what_needs_data_is_sent_to_quantize(method):
     compiled = torch.compile(torch.nn.Linear(64, 64), backend="ptqc", options={"method": method})
     with pytest.raises(Exception, match=r"needs calibration data, .* call ptqc.quantize\(model"):
         compiled(torch.ones(1, 64))
+
+
+def test_a_pattern_may_be_a_text():
+    model = Stack().eval()
+    with torch.no_grad():
+        torch.compile(model, backend="ptqc", options=OPTIONS | {"exclude": "blocks.0"})(torch.randn(3, 64))
+    assert set(stored_weights(model)) == {"blocks.1.up.weight", "blocks.1.down.weight"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": [{"pattern": "*", "method": "rtn"}], "exlude": ["a"]}, {"exclude": ["a"]}]
+)
+def test_options_that_would_be_ignored_are_errors(options):
+    with pytest.raises(PtqcError, match=r"drop exlude|\['exclude'\] name no method"):
+        _Options.parse(options)
+
+
+def test_operators_that_are_no_products_are_said(caplog):
+    """The fast path of an encoder layer is one operator that takes all weights."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    with torch.no_grad():
+        torch.compile(layer, backend="ptqc", options=OPTIONS | {"inductor": {}})(torch.randn(2, 3, 64))
+    says = "read by _transformer_encoder_layer_fwd, which is no matrix product"
+    assert set(kept_weights(layer).values()) == {says} and len(kept_weights(layer)) == 4
+    assert f"no weight of a graph was quantized (4 {says})" in caplog.text
+
+
+class Recurrent(nn.Module):
+    """Dynamo leaves its frame to the interpreter, and compiles what is called below it."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["ptqc", "eager"])
+def test_stored_weights_below_a_frame_that_dynamo_skips(backend):
+    model, x = api.quantize(Recurrent().eval(), "rtn", bits=4, progress=False), torch.randn(3, 2, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert agree(torch.compile(model, backend=backend)(x), model(x))

@@ -516,3 +516,14 @@ def test_options_need_a_name():
     assert isinstance(read_options(None), Mapping)
     with pytest.raises(PtqcError, match="name=value"):
         read_options(["=3"])
+
+
+def test_a_device_that_is_not_there_is_refused_whatever_the_method(tmp_path, reference_folder, capsys):
+    out = tmp_path / "out"
+    assert main(["quantize", str(reference_folder), "--method", "rtn", "--device", "banana", "--out", str(out)]) == 2
+    assert "no device 'banana' here" in capsys.readouterr().err and not out.exists()
+    arguments = ["quantize", str(reference_folder), "--method", "rtn", "--device", "meta", "--out", str(out)]
+    assert main([*arguments, "--include", "*.0.*", "--exclude", "lm_haed"]) == 0
+    said = capsys.readouterr().err
+    assert "meta is not used" in said
+    assert said.count("the pattern 'lm_haed' names no parameter") == 1

@@ -390,3 +390,15 @@ def test_rows_sorted_by_expert_read_the_experts_that_have_rows(is_transposed, mo
         found = product(x, view, offs=offsets)
         assert close(found[:6], expected[:6]) and (found[6] == 0).all()
     assert shapes == [(96, 64)] * 4
+
+
+def test_sharing_with_other_processes_shares_what_is_held():
+    """torch's own share_memory_ asks a wrapper for a storage that it does not have, and crashes."""
+    model = torch.nn.Linear(64, 64)
+    weight = quantize_weight(model.weight, METHODS.get("rtn")(), WeightSpec.parse("int4g32"))
+    model.weight = torch.nn.Parameter(weight, requires_grad=False)
+    expected = model.weight.dequantize()
+    assert not model.weight.is_shared()
+    assert model.share_memory().weight.is_shared()
+    assert all(part.is_shared() for part in model.weight.parts.values())
+    assert torch.equal(model.weight.dequantize(), expected)

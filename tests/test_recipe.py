@@ -189,3 +189,18 @@ def test_lists_of_files_become_values(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("- {pattern: a, method: {name: quip_sharp, multiples: [0.9, 1.1]}}\n")
     assert hash(load_recipe(file)[0]) == hash(load_recipe(recipe_rows(load_recipe(file)))[0])
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"bits": "4"}, "bits must be a number; got '4'"),
+        ({"bits": True}, "bits must be a number"),
+        ({"group_size": 64.0}, "group_size must be a whole number"),
+        ({"spec": 4}, "spec must be a spec such as"),
+        ({"activation": 8}, "activation must be an activation spec"),
+    ],
+)
+def test_requests_are_held_against_their_types(request_, message):
+    with pytest.raises(PtqcError, match=message):
+        make_rule("*", "rtn", **request_)

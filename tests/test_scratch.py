@@ -24,3 +24,11 @@ def test_a_shortage_says_how_much_is_missing_and_where(tmp_path):
     assert shortage(tmp_path / "deep" / "file", 1000) is None
     said = shortage(tmp_path / "deep" / "file", 10**18)
     assert said is not None and "would take 1000000000.000 GB" in said and f"free in {tmp_path}" in said
+
+
+def test_a_shortage_names_the_place_and_not_where_it_is_written_until_then(tmp_path):
+    target = tmp_path / "model.gguf"
+    for path in (target, hidden(target) / "model.gguf"):
+        told = shortage(path, 1 << 60)
+        assert told is not None and told.startswith(f"{target} would take") and "ptqc-part" not in told
+    assert shortage(target, 1) is None

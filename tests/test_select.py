@@ -3,7 +3,7 @@
 import pytest
 
 from ptqc.errors import PtqcError
-from ptqc.select import matches
+from ptqc.select import matches, matches_any, patterns_of, unmatched
 
 NAME = "model.layers.10.self_attn.q_proj.weight"
 
@@ -24,3 +24,17 @@ def test_does_not_find(pattern):
 def test_broken_expression():
     with pytest.raises(PtqcError, match="regular expression"):
         matches(NAME, ["re:("])
+
+
+def test_a_text_is_one_pattern():
+    """Not one for each of its letters, of which "*" would name everything."""
+    assert patterns_of("*.mlp.*") == ("*.mlp.*",)
+    assert patterns_of(pattern for pattern in ("a", "b")) == ("a", "b")
+    for wrong in (3, [None], ["lm_head", 3]):
+        with pytest.raises(PtqcError, match=r"exclude takes patterns of names, as in .* got (3|None)"):
+            patterns_of(wrong, "exclude")
+
+
+def test_patterns_that_name_nothing_are_found():
+    assert unmatched([NAME, "lm_head.weight"], ["q_proj", "lm_haed", "lm_head"]) == ["lm_haed"]
+    assert matches_any(["lm_head.weight", "embed.weight"], ["embed"])

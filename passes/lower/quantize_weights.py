@@ -14,9 +14,12 @@ from torch import fx, nn
 
 from ptqc.pipeline import Context, Pass
 from ptqc.qtensor import QuantTensor
-from ptqc.weights import WeightUse, weight_uses
+from ptqc.weights import WeightUse, function_name, weight_uses
 
-__all__ = ["QuantizeWeights"]
+__all__ = ["NO_PRODUCT", "QuantizeWeights"]
+
+NO_PRODUCT = "which is no matrix product"
+"""How the reason ends for a matrix that is read by nothing that multiplies."""
 
 Store = Callable[[str, WeightUse], QuantTensor | str]
 
@@ -47,4 +50,11 @@ class QuantizeWeights(Pass):
                 context.kept[use.placeholder] = stored
             else:
                 context.quantized[use.placeholder] = stored
+        for node in floats.keys() - context.quantized.keys() - context.kept.keys():
+            if self.parameters[node].ndim > 1 and node.users:
+                context.kept[node] = f"read by {', '.join(_readers(node))}, {NO_PRODUCT}"
         return len(context.quantized)
+
+
+def _readers(node: fx.Node) -> list[str]:
+    return sorted({function_name(user) for user in node.users})

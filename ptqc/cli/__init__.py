@@ -57,10 +57,20 @@ def _show_version(is_wanted: bool) -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever sys.stderr is at the time: a progress bar moves out of the way of what goes through it."""
+    """Writes to whatever sys.stderr is at the time: a progress bar moves out of the way of what goes through it.
+
+    What was said is not said again: a plan and what carries it out find the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(f"ptqc: {record.getMessage()}")
+        line = record.getMessage()
+        if line not in self._said:
+            self._said.add(line)
+            note(f"ptqc: {line}")
 
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log, and tracebacks of errors.")]

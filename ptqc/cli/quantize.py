@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptqc.cli._models import Device, Model, TrustRemoteCode, load_model, load_tokenizer
+from ptqc.cli._models import Device, Model, TrustRemoteCode, load_model, load_tokenizer, pick_device
 from ptqc.cli._options import Options, read_options
 from ptqc.cli._output import Json, emit, note, progress
 from ptqc.errors import PtqcError
@@ -90,9 +90,12 @@ def quantize(
     needy = [_AUTO] if rules is None else sorted({rule.label for rule in rules if _wants_data(rule)})
     if needy and calibration is None:
         raise PtqcError(f"{', '.join(needy)} needs calibration data; add --calibration docs, or a file")
+    pick_device(device)
     started = time.perf_counter()
     place = _Place(model, out, overwrite, device, trust_remote_code)
     if calibration is None and rules is not None:
+        if device not in ("auto", "cpu"):
+            note(f"methods without data read and write on the CPU, one weight at a time; {device} is not used")
         document = _stream(place, rules, include, exclude)
     elif rules is not None and device in ("auto", "cpu"):
         drawn = _Data(str(calibration), samples if needy else 1, window, seed)

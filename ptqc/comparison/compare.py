@@ -7,7 +7,7 @@ import copy
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from ptqc.errors import PtqcError
 from ptqc.evaluate import Evaluation, LogProbabilities, evaluate, record
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Rule, make_rule
+from ptqc.select import Patterns
 
 __all__ = ["Candidate", "Comparison", "LayerError", "OnStep", "Run", "compare", "layer_errors", "parse_candidates"]
 
@@ -136,8 +137,8 @@ def compare(
     window: int = 512,
     windows: int | None = None,
     batch: int = 4,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     names: tuple[str, str] = ("model", "text"),

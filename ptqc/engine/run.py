@@ -24,6 +24,7 @@ from ptqc.engine.sequential import run_sequential
 from ptqc.engine.work import Stage
 from ptqc.errors import PtqcError, first_line
 from ptqc.groups import ScaleGroup
+from ptqc.misfit import run_once
 from ptqc.passes.groups.check import model_check
 from ptqc.passes.observe.run import observe
 from ptqc.program import Program, program
@@ -118,7 +119,7 @@ def _captured(model: nn.Module, batch: Batch, report: Report) -> list[CapturedGr
     try:
         return capture(model, batch)
     except Exception as error:  # what dynamo does not understand fails in any way; the model itself may well run
-        model(**batch)  # raises by itself if the batch is at fault
+        run_once(model, batch)  # raises if the batch is at fault
         report.route = "module hooks"
         report.note(
             f"the model cannot be traced ({first_line(error)[:120]}); statistics from module hooks, no scale groups"

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +60,7 @@ from ptqc.folders.staging import refuse_target, staged, unwritable
 from ptqc.folders.whole import quantize_whole
 from ptqc.program import Program, program
 from ptqc.recipe import Recipe, Rule, recipe_rows
+from ptqc.select import Patterns
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 
 __all__ = ["quantize_folder_calibrated"]
@@ -73,8 +74,8 @@ def quantize_folder_calibrated(
     *,
     recipe: Recipe,
     batches: Sequence[Mapping[str, Tensor]],
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
     on_progress: OnProgress | None = None,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ptqc.folders.manifest import FLOAT_DTYPES, StoredWeight
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.shards import Append, Block
 from ptqc.recipe import Recipe
+from ptqc.select import Patterns, patterns_of
 from ptqc.sites import Skipped
 
 __all__ = [
@@ -62,8 +63,8 @@ class Request:
     def of(
         recipe: Recipe,
         *,
-        include: Iterable[str] | None,
-        exclude: Iterable[str] | None,
+        include: Patterns | None,
+        exclude: Patterns | None,
         on_progress: OnProgress | None,
         overwrite: bool,
         max_shard_bytes: float,
@@ -72,8 +73,8 @@ class Request:
         """The request of a caller who may leave out patterns and progress."""
         return Request(
             recipe=recipe,
-            include=None if include is None else tuple(include),
-            exclude=None if exclude is None else tuple(exclude),
+            include=None if include is None else patterns_of(include, "include"),
+            exclude=None if exclude is None else patterns_of(exclude, "exclude"),
             on_progress=on_progress or (lambda done, total, name: None),
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,

@@ -26,6 +26,7 @@ from ptqc.folders.manifest import METHOD, Manifest, StoredWeight, manifest_of
 from ptqc.folders.safefile import read_safefile
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import make_rule, recipe_of, recipe_rows, remember
+from ptqc.select import Patterns
 from ptqc.sites import find_sites, select_sites
 from ptqc.surroundings import EXTRAS
 
@@ -49,8 +50,8 @@ class PtqcConfig(QuantizationConfigMixin):  # type: ignore[misc]
         bits: float | None = None,
         group_size: int | None = None,
         spec: str | None = None,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         options: Mapping[str, Any] | None = None,
         **stored: Any,
     ) -> None:
@@ -129,7 +130,7 @@ class PtqcQuantizer(HfQuantizer):  # type: ignore[misc]
         for alias, name in self._tied.items():
             if parameters[alias] is not parameters[name]:
                 module, _, attribute = alias.rpartition(".")
-                model.get_submodule(module)._parameters[attribute] = parameters[name]
+                setattr(model.get_submodule(module), attribute, parameters[name])
         lost = [name for name in self._weights if not isinstance(parameters[name], QuantTensor)]
         if lost:
             raise CheckpointError(f"{model.name_or_path} lacks {lost[0]} ({len(lost)} weights missing); save it again")
@@ -172,11 +173,11 @@ class PtqcQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         plain: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            for attribute, weight in module._parameters.items():
+            for attribute, weight in list(module._parameters.items()):
                 if isinstance(weight, QuantTensor):
                     if id(weight) not in plain:
                         plain[id(weight)] = nn.Parameter(weight.dequantize().to(wanted or weight.dtype))
-                    module._parameters[attribute] = plain[id(weight)]
+                    setattr(module, attribute, plain[id(weight)])
         return model
 
 

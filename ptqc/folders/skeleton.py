@@ -1,7 +1,6 @@
 """Filling a module with the tensors of a checkpoint, name by name, strictly."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +101,5 @@ def put(place: Place, value: Tensor, name: str) -> Tensor:
         trains = place.tensor.requires_grad and not isinstance(value, QuantTensor)
         value = nn.Parameter(value, requires_grad=trains)
     for module, attribute in place.owners:
-        held: Any = module._parameters if is_parameter else module._buffers
-        held[attribute] = value
+        setattr(module, attribute, value)  # recurrent modules keep lists of their weights, and update them
     return value

@@ -12,7 +12,7 @@ loaded whole instead, and the log says so.
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from ptqc.folders.staging import refuse_target, staged
 from ptqc.folders.whole import quantize_whole
 from ptqc.methods import Method, hold_scales, rows_at_once
 from ptqc.recipe import Recipe, Rule, fitted_spec, recipe_rows
+from ptqc.select import Patterns
 from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 from ptqc.surroundings import stored_matrix
@@ -57,8 +58,8 @@ def quantize_folder(
     method: Method | None = None,
     spec: WeightSpec | None = None,
     recipe: Recipe | None = None,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
     on_progress: OnProgress | None = None,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,

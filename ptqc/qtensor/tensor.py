@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.utils._pytree import tree_map_only
 
 from ptqc import ops, storage
@@ -215,6 +216,23 @@ class QuantTensor(torch.Tensor):
 
     # ---------------------------------------------------------------- being a tensor
 
+    def share_memory_(self) -> "QuantTensor":
+        """Move everything that is held into memory that other processes see; torch's own would share no storage."""
+        for tensor in self._memories:
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes see what is held."""
+        return all(tensor.is_shared() for tensor in self._memories)
+
+    @property
+    def _memories(self) -> list[Tensor]:
+        """Every tensor that holds something of it: parts, extras, and what kernels read."""
+        held = () if self.held is None else self.held.prepared
+        kept = (part for name, part in self.slots.items() if name not in self.given_up)
+        return [*kept, *self.extras.values(), *held]
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
@@ -293,6 +311,13 @@ class QuantTensor(torch.Tensor):
             return result
         _refuse_mutation(func, args, kwargs)
         return func(*tree_map_only(QuantTensor, _plain, args), **tree_map_only(QuantTensor, _plain, kwargs))
+
+
+# Below a frame that dynamo has skipped (a recurrent module, say) it compiles what is called; it must not trace this.
+set_code_exec_strategy(
+    QuantTensor.__torch_dispatch__.__func__.__code__,  # type: ignore[attr-defined]
+    _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP),
+)
 
 
 def _rebuild(

@@ -93,3 +93,11 @@ def test_another_module_is_refused(tmp_path, skeleton, complaint):
     save(quantized_net(), tmp_path / "net")
     with pytest.raises(CheckpointError, match=complaint):
         load(tmp_path / "net", model=skeleton)
+
+
+def test_recurrent_modules_compute_with_what_was_loaded(tmp_path):
+    torch.manual_seed(0)
+    saved, x = nn.LSTM(16, 16), torch.randn(3, 2, 16)
+    save(saved, tmp_path / "model")
+    filled = load(tmp_path / "model", model=nn.LSTM(16, 16))
+    assert torch.equal(filled(x)[0], saved(x)[0])
