@@ -14,7 +14,7 @@ from ptqc.codegen.gpu.chains import operand_names
 from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of
 from ptqc.codegen.gpu.inputs import prologue_pointers
-from ptqc.codegen.gpu.tiles import Tile, tile_for
+from ptqc.codegen.gpu.tiles import Tile, pieces_of, tile_for
 from ptqc.codegen.gpu.weight_only import POINTER_TYPES, product_arguments
 from ptqc.codegen.targets.triton_eight_bit import TritonEightBit
 from ptqc.codegen.targets.triton_linear import TritonLinear
@@ -152,7 +152,7 @@ def _compile(variant: Variant, target: Any, is_plain: bool) -> Any:
     signature |= dict.fromkeys(("M", "N", "K", "NP", "BLOCKS", "CHUNK", "SPLIT"), "i32")
     constants = {
         "BM": tile.rows, "BN": tile.outputs, "IS_SPLIT": True, "PTX": not is_plain, "EMULATED": False,
-        **({} if is_quantized else {"ROWS": form.layout.rows_for(tile.inputs)}),
+        **({} if is_quantized else pieces_of(tile, form.layout)),
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     registers = {"maxnreg": tile.registers} if tile.registers and not is_plain else {}

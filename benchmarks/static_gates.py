@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -42,25 +42,59 @@ ROWS = (1, 16, 64)
 EIGHT_BIT_ROWS = (16, 64, 128)
 
 
-def cases(specs: Sequence[str], is_quick: bool, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+def cases(
+    specs: Sequence[str], eight_bit: Sequence[tuple[str, str]], dtypes: Sequence[torch.dtype]
+) -> Iterator[Case]:
     """What is compiled, in the order of the tables."""
-    eight_bit = itertools.product(() if is_quick else EIGHT_BIT, (80, 90), EIGHT_BIT_ROWS)
     for dtype in dtypes:
         for spec, capability, rows in itertools.product(specs, (80, 90), ROWS):
             yield Case(spec, dtype, rows, capability)
-        for (spec, act), capability, rows in eight_bit:  # once, with the first type
-            if capability == 90 or act == "int8-token":
-                yield Case(spec, torch.float16, rows, capability, act)
+    for (spec, act), capability, rows in itertools.product(eight_bit, (80, 90), EIGHT_BIT_ROWS):
+        if capability == 90 or act == "int8-token":
+            yield Case(spec, torch.float16, rows, capability, act)
 
 
-def row_of(case: Case, known: Mapping[str, Row]) -> Row:
-    """The row of a case, compiled unless a known one is of the same code."""
-    variant = variant_of(case)
-    found = known.get(variant.key)
-    if found is None:
-        return variant.measure()
-    others = [failure for failure in found.failures if "per weight" not in failure]
-    return replace(found, spec=case.spec, act=case.act, failures=(*variant.slow(found.per_weight), *others))
+class Rows:
+    """What was counted, by case; the file it is kept in, if any, is written with every row.
+
+    A row of a file counts as long as its code would be compiled again; another case of equal code is not compiled.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.found = {_case_of(row): row for row in (read_rows(path) if path else [])}
+        self.counted = {row.variant: row for row in self.found.values()}
+
+    def row_of(self, case: Case) -> Row:
+        """The row of a case, compiled unless a known one is of the same code."""
+        variant = variant_of(case)
+        known = self.counted.get(variant.key)
+        if known is None:
+            row = variant.measure()
+        else:
+            others = [failure for failure in known.failures if "per weight" not in failure]
+            failures = (*variant.slow(known.per_weight), *others)
+            row = replace(known, spec=case.spec, act=case.act, rows=case.rows, failures=failures)
+        self.counted[row.variant] = row
+        if self.found.get(case) != row:
+            self.found[case] = row
+            self._write()
+        return row
+
+    def _write(self) -> None:
+        if self.path:
+            write_rows(self.path, sorted(self.found.values(), key=_place))
+
+
+def _case_of(row: Row) -> Case:
+    return Case(row.spec, getattr(torch, row.dtype), row.rows, int(row.target.removeprefix("sm_")), row.act)
+
+
+def _place(row: Row) -> tuple[bool, bool, int, str, int]:
+    """Where a row stands in a file and in the tables."""
+    specs = [spec for spec, _ in EIGHT_BIT] if row.act != "float" else list(SPECS)
+    place = specs.index(row.spec) if row.spec in specs else len(specs)
+    return row.act != "float", row.dtype != "float16", place, row.target, row.rows
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -149,20 +183,17 @@ def main() -> None:
     begun = time.monotonic()
     specs = tuple(given.spec or (QUICK if given.quick else SPECS))
     dtypes = (torch.float16,) if given.quick or given.float16 else (torch.float16, torch.bfloat16)
-    known = {row.variant: row for row in (read_rows(given.json) if given.json else [])}
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
     print(HEADER)
+    known = Rows(given.json)
     rows: list[Row] = []
-    asked = list(cases(specs, given.quick or bool(given.spec), dtypes))
+    eight_bit = [pair for pair in EIGHT_BIT if not given.quick and (not given.spec or pair[0] in given.spec)]
+    asked = list(cases(specs, eight_bit, dtypes))
     for case in asked:
         if time.monotonic() - begun > given.seconds:
             break
-        rows.append(row_of(case, known))
-        known[rows[-1].variant] = rows[-1]
+        rows.append(known.row_of(case))
         print(_line(rows[-1]), flush=True)
-    if given.json:
-        left = [] if len(rows) == len(asked) else [row for row in known.values() if row not in rows]
-        write_rows(given.json, [*rows, *left])
     for line in _amd(specs) if given.amd else ():
         print(line)
     print(f"{len(rows)} of {len(asked)} variants, {sum(bool(row.failures) for row in rows)} fail")

@@ -16,14 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ptqc.codebooks import Codebook
 from ptqc.codegen.gpu.chains import operand_names
 from ptqc.codegen.gpu.decode import Subtracted
 from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale, logical_parts, pack_scales, padded
+from ptqc.codegen.gpu.levels import whole_levels
 from ptqc.codegen.gpu.ptx import HALVES
-from ptqc.codegen.gpu.weight_only import POINTER_TYPES, SPLIT_LINES, group_lines, tail_arguments, tail_text
+from ptqc.codegen.gpu.weight_only import (
+    POINTER_TYPES,
+    SPLIT_LINES,
+    group_lines,
+    number_lines,
+    tail_arguments,
+    tail_text,
+)
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
-from ptqc.spec import WeightSpec
 
 __all__ = ["codes_of_bytes", "eight_bit_arguments", "eight_bit_form", "eight_bit_text", "pack_bytes", "summed_group"]
 
@@ -89,7 +97,7 @@ def eight_bit_form(request: KernelRequest) -> WeightForm | str:
     if request.act.dtype == "fp8e4m3":
         if spec.codebook != "fp8e4m3":
             return f"float8 inputs are multiplied with float8 weights, not {spec}"
-    elif book is not None and _integer_levels(spec) is None:
+    elif book is not None and whole_levels(book.levels) is None:
         return f"int8 inputs are multiplied with integer levels, which {spec} has not"
     fields = 2 if book is None and spec.bits == 4 else 1
     allowed = [rows for rows in (128 // fields, 64 // fields, 32) if group is None or group % rows == 0]
@@ -97,25 +105,13 @@ def eight_bit_form(request: KernelRequest) -> WeightForm | str:
         return f"tensor cores multiply 32 bytes at a time, which do not divide group {group}"
     layout = WordLayout(allowed[0], 1, ((),) * fields)
     shared = None if group is None else fields_per_scale(layout, group)
-    factor = 1 / 16 if fields == 2 else 1 / _unit(spec)
+    whole = whole_levels(book.levels) if book else None
+    factor = 1 / 16 if fields == 2 else 1 / (whole.unit if whole else 1)
     subtracted = Subtracted(is_tile=spec.zero != "none", has_fractions=True)
     return WeightForm(
         spec, HALVES[torch.float16], layout, shared, subtracted, "", (), factor=factor,
         words_type="*fp8e4nv" if request.act.dtype == "fp8e4m3" else "*i8",
     )  # fmt: skip
-
-
-def _unit(spec: WeightSpec) -> int:
-    """What levels are multiplied by to be integers."""
-    return 2 if spec.codebook == "e2m1" else 1
-
-
-def _integer_levels(spec: WeightSpec) -> tuple[int, ...] | None:
-    """The levels of a codebook times `_unit`, or None if they are no int8."""
-    levels = [level * _unit(spec) for level in (spec.book.levels if spec.book else ())]
-    if not levels or any(level != int(level) or abs(level) > 127 for level in levels):
-        return None
-    return tuple(map(int, levels))
 
 
 def summed_group(request: KernelRequest, form: WeightForm) -> int | None:
@@ -134,7 +130,7 @@ def pack_bytes(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
     if form.words_type == "*fp8e4nv":
         words = pad(codes, filling).view(torch.float8_e4m3fn)
     elif spec.book is not None:
-        levels = torch.tensor(_integer_levels(spec), dtype=torch.int8, device=codes.device)
+        levels = torch.tensor(_whole(spec.book), dtype=torch.int8, device=codes.device)
         words = pad(levels[codes.int()], filling)
     elif layout.fields == 1:
         words = pad((codes.to(torch.int16) - centre).to(torch.int8), filling)
@@ -154,13 +150,19 @@ def codes_of_bytes(words: Tensor, form: WeightForm, outputs: Tensor, inputs: int
         return found[:, :inputs]
     if spec.book is not None:
         code_of = torch.zeros(256, dtype=torch.uint8, device=words.device)
-        levels = torch.tensor(_integer_levels(spec), device=words.device) % 256
+        levels = torch.tensor(_whole(spec.book), device=words.device) % 256
         code_of[levels] = torch.arange(len(levels), dtype=torch.uint8, device=words.device)
         return code_of[found.int()][:, :inputs]
     if layout.fields == 2:
         blocks = found.unflatten(1, (-1, 1, layout.rows))
         found = torch.cat([blocks & 15, blocks >> 4], 2).flatten(1)
     return (found[:, :inputs] + centre) & ((1 << spec.bits) - 1)
+
+
+def _whole(book: Codebook) -> tuple[int, ...]:
+    whole = whole_levels(book.levels)
+    assert whole is not None
+    return whole.levels
 
 
 def eight_bit_arguments(request: KernelRequest, form: WeightForm) -> dict[str, str]:
@@ -183,7 +185,7 @@ def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
         pointers=", ".join(eight_bit_arguments(request, form)),
         rows=form.layout.rows,
         block=form.layout.block,
-        loop="\n        ".join([*group_lines(form), *_sum_lines(request, form, is_deferred)]),
+        loop="\n        ".join([*group_lines(form), *number_lines(form), *_sum_lines(request, form, is_deferred)]),
         after="\n    ".join(_after_lines(request, form)),
         split=SPLIT_LINES.format(tail=tail_arguments(request)),
     )

@@ -26,9 +26,16 @@ from ptqc.codegen.gpu.lattices import (
     lattice_tables,
     lattice_words,
 )
-from ptqc.codegen.gpu.levels import byte_planes, decode_floats, decode_table
+from ptqc.codegen.gpu.levels import byte_planes, decode_floats, decode_table, whole_levels
 from ptqc.codegen.gpu.ptx import HALVES, Half
-from ptqc.codegen.gpu.scaled import SMALLEST, decode_scaled, is_scaled
+from ptqc.codegen.gpu.scaled import (
+    SMALLEST,
+    centred_bytes,
+    decode_scaled,
+    decode_scaled_table,
+    is_scaled,
+    scale_steps,
+)
 from ptqc.codegen.gpu.words import WordLayout, pack_words, unpack_words, word_layout
 from ptqc.spec import WeightSpec
 
@@ -48,11 +55,11 @@ __all__ = [
 OUTPUT_STEP = 128
 """Outputs are filled up to a multiple of this."""
 
-_SHORT_BLOCK, _FEW_ROWS = 128, 32
-"""Inputs and rows of blocks that are short because groups are: a step's loads and counters then weigh more."""
+_FEW_ROWS = 32
+"""Rows of a block that has many fields, or many groups: two warps then do with fewer instructions than four."""
 
 _MOST_FIELDS = 4
-"""More fields than this, each with scales of its own, do not fit in registers beside sums for many rows."""
+"""More fields than this do not fit in registers beside sums for many rows."""
 
 _FARTHEST_ZERO = 32768.0
 """A zero farther from the codes than this (in steps) leaves nothing of them in 16 bits."""
@@ -84,6 +91,8 @@ class WeightForm:
     words_type: str = "*i16"
     is_scaled: bool = False
     """True if the levels come out of `calls` multiplied by their scales (`ptqc.codegen.gpu.scaled`)."""
+    scale_steps: tuple[float, ...] = (1.0,)
+    """What the scales of a row of scale words are stored multiplied by: powers of two."""
 
     @property
     def pointers(self) -> dict[str, str]:
@@ -102,16 +111,19 @@ class WeightForm:
             return "eight bits and zeros" if self.subtracted.is_tile else "eight bits"
         if self.half is None:
             return "float32"
-        if self.layout.block >= 256 and self.layout.words * 16 > 4 * self.layout.fields:
-            return "planes"  # more than 4 bits in words of 256 inputs: a stage less, or only one program fits
+        # More than 4 bits in words of 256 inputs: a stage less, or only one program fits.
+        has_planes = self.layout.block >= 256 and self.layout.words * 16 > 4 * self.layout.fields
+        is_short = self.fields_per_scale == 1 and self.layout.rows <= _FEW_ROWS
+        if self.is_scaled and self.layout.rows <= _FEW_ROWS:
+            return "planes" if has_planes else "short groups" if is_short else "many fields"
+        if has_planes:
+            return "sums of planes"
         if "planes_ptr" in self.tables:
             return "table"
         has_sums = self.fields_per_scale is not None and not self.is_scaled
-        if self.layout.fields > _MOST_FIELDS:
-            return "sums of groups" if has_sums else "many fields"
-        if self.layout.block <= _SHORT_BLOCK and self.layout.rows <= _FEW_ROWS:
-            return "sums of short groups" if has_sums else "short blocks"
-        return "sums of groups" if has_sums else "arithmetic"
+        if is_short and has_sums and not self.subtracted.is_tile and self.layout.fields <= 2 * _MOST_FIELDS:
+            return "sums of short groups"
+        return "sums of groups" if has_sums or self.layout.fields > _MOST_FIELDS else "arithmetic"
 
     @property
     def scales_per_row(self) -> int:
@@ -147,19 +159,35 @@ def form_of(spec: WeightSpec, k: int, dtype: torch.dtype) -> WeightForm | str:
             tables=tuple(lattice_tables(lattice)),
         )  # fmt: skip
     if book is not None and book.float_dtype is not None:
-        functions, calls = decode_floats(book.float_dtype, half)
+        functions, calls = decode_floats(layout, book.float_dtype, half)
         return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
     if book is not None and spec.codebook != "ternary":
-        functions, calls, before = decode_table(layout, half)
-        tables = ("planes_ptr" if half else "levels_ptr",)
-        return WeightForm(
-            spec, half, layout, shared, subtracted, functions, tuple(calls), tables=tables, before=tuple(before)
-        )
+        return _table_form(spec, half, layout, shared, subtracted, is_scaled(spec, dtype, group))
     if shared is not None and is_scaled(spec, dtype, group):
         functions, calls = decode_scaled(layout, subtracted, shared)
-        return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls), is_scaled=True)
+        return WeightForm(
+            spec, half, layout, shared, subtracted, functions, tuple(calls), is_scaled=True,
+            scale_steps=scale_steps(layout, shared),
+        )  # fmt: skip
     functions, calls = decode_integers(layout, spec.bits, half, subtracted, shared or layout.fields)
     return WeightForm(spec, half, layout, shared, subtracted, functions, tuple(calls))
+
+
+def _table_form(
+    spec: WeightSpec, half: Half | None, layout: WordLayout, shared: int | None, subtracted: Subtracted, scaled: bool
+) -> WeightForm:
+    whole = whole_levels(spec.book.levels) if spec.book else None
+    if scaled and shared is not None and whole is not None:
+        functions, calls, before = decode_scaled_table(layout, shared)
+        return WeightForm(
+            spec, half, layout, shared, subtracted, functions, tuple(calls), factor=1 / whole.unit,
+            tables=("planes_ptr",), before=tuple(before), is_scaled=True,
+        )  # fmt: skip
+    functions, calls, before = decode_table(layout, half)
+    tables = ("planes_ptr" if half else "levels_ptr",)
+    return WeightForm(
+        spec, half, layout, shared, subtracted, functions, tuple(calls), tables=tables, before=tuple(before)
+    )
 
 
 def fields_per_scale(layout: WordLayout, group: int) -> int:
@@ -251,6 +279,7 @@ def _scale_words(
     groups = (starts // (form.spec.group or inputs)).clamp_max(scale.shape[1] - 1)
     numbers = [scale] if zero is None else [scale, zero]
     spread = [number[:, groups].unflatten(1, (rows, form.scales_per_row)) for number in numbers]
+    spread[0] = spread[0] * scale.new_tensor(form.scale_steps)
     listed = torch.cat(spread, 2)
     if form.half is None:
         words = listed.view(torch.int32)
@@ -265,11 +294,12 @@ def scales_of(named: Mapping[str, Tensor], form: WeightForm, inputs: int) -> Ten
     if form.fields_per_scale is None:
         return words / form.factor
     listed = words.view(torch.float32 if form.half is None else torch.float16)
-    rows = listed.unflatten(1, (-(-inputs // form.inputs_per_row), -1))[:, :, : form.scales_per_row].flatten(1)
+    rows = listed.unflatten(1, (-(-inputs // form.inputs_per_row), -1))[:, :, : form.scales_per_row]
+    rows = (rows.float() / rows.new_tensor(form.scale_steps, dtype=torch.float32)).flatten(1)
     step, group = form.inputs_per_row // form.scales_per_row, form.spec.group or inputs
     firsts = torch.arange(0, inputs, group, device=words.device) // step
     norm = named["norm_ptr"][:, None] * (SMALLEST if form.is_scaled else 1.0)
-    scales: Tensor = rows[:, firsts].float() * norm / form.factor
+    scales: Tensor = rows[:, firsts] * norm / form.factor
     return scales
 
 
@@ -282,4 +312,7 @@ def _tables(form: WeightForm, device: torch.device) -> dict[str, Tensor]:
     levels = pad(book.table(device), (0, 16 - len(book.levels)))
     if form.half is None:
         return {"levels_ptr": levels}
+    whole = whole_levels(book.levels)
+    if form.is_scaled and whole is not None:
+        return {"planes_ptr": torch.tensor(centred_bytes(whole.levels), device=device)}
     return {"planes_ptr": torch.tensor(byte_planes(book.levels, form.half), device=device)}

@@ -21,7 +21,7 @@ from ptqc.codegen.gpu.eight_bit import eight_bit_form, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of, padded
 from ptqc.codegen.gpu.inputs import needs_entry
 from ptqc.codegen.gpu.order import ByteOrder, WordOrder
-from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, split_of, tile_for
+from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, pieces_of, split_of, tile_for
 from ptqc.fusions import apply_fusions, narrows
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
@@ -100,8 +100,8 @@ class Linear:
     def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
         tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
-        rows, sizes = self.form.layout.rows_for(tile.inputs), (self.n, self.k, outputs)
-        launch_product(self.kernels["matmul"], tile, [x, *parts, *operands, out], sizes, blocks, ROWS=rows)
+        pointers, sizes = [x, *parts, *operands, out], (self.n, self.k, outputs)
+        launch_product(self.kernels["matmul"], tile, pointers, sizes, blocks, **pieces_of(tile, self.form.layout))
 
     def _dense(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks, modes = padded(self.n), -(-self.k // self.form.layout.block), device_modes(x.device)

@@ -9,13 +9,16 @@ from functools import cache
 
 import torch
 
-__all__ = ["Device", "Tile", "device_facts", "is_dense_better", "split_of", "tile_for"]
+from ptqc.codegen.gpu.words import FEWEST_ROWS, WordLayout
+
+__all__ = ["Device", "Tile", "device_facts", "is_dense_better", "pieces_of", "split_of", "tile_for"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """rows, outputs: of the result that one program computes; inputs: of one step of its loop; warps, stages: as
-    Triton takes them; registers: that a thread may use, where the assembler would rather spill than use them."""
+    Triton takes them; registers: that a thread may use, where the assembler would rather spill than use them; pieces:
+    in which a step takes its inputs, one after the other, so that fewer are in registers."""
 
     rows: int
     outputs: int
@@ -23,6 +26,7 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    pieces: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,18 @@ class Device:
 
 
 _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
-_WIDE_LEAN = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2))
+_LEAN = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2))
 """Sums of one kind only leave registers for twice as many outputs in a warp, which read the inputs half as often."""
+_FEW = (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240))
 TILES: dict[str, tuple[Tile, ...]] = {
-    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE_LEAN),
-    "many fields": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "short blocks": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4), *_WIDE_LEAN),
-    "sums of groups": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4, 240), *_WIDE),
-    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "arithmetic": (*_FEW, *_LEAN),
+    "short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 3), *_LEAN),
+    "many fields": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 3), *_LEAN),
+    "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 2, 3), *_LEAN),
+    "sums of groups": (*_FEW, *_WIDE),
+    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 64, 256, 2, 4), *_WIDE),
+    "sums of planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "table": (*_FEW, *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
     "eight bits": (
         Tile(16, 64, 128, 4, 4),
@@ -59,10 +65,14 @@ TILES: dict[str, tuple[Tile, ...]] = {
 """By how weights are decoded, then by rows. More than 64 rows of tiles that decode need more registers than there are.
 Four stages are kept on their way where there is room: memory takes about a microsecond (benchmarks.static_gates)."""
 
+_PIECES = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2, pieces=2))
 OLDER_TILES: dict[str, tuple[Tile, ...]] = {
-    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 64, 256, 4, 4), *_WIDE),
+    "arithmetic": (*_FEW, *_PIECES),
+    "many fields": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 4, 4, 240), *_PIECES),
+    "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
 }
-"""Where they differ before sm_90: tensor cores there take operands in pairs of registers that cost moves."""
+"""Where they differ before sm_90, whose tensor cores multiply 64 rows for fewer registers."""
 
 _PER_PROCESSOR: dict[tuple[int, int], tuple[float, float]] = {
     (8, 0): (2.9e12, 1.62e10), (8, 6): (0.9e12, 0.9e10), (8, 9): (1.25e12, 0.7e10), (9, 0): (6.0e12, 2.5e10),
@@ -78,6 +88,13 @@ def tile_for(rows: int, decoding: str, capability: int) -> Tile:
     """The smallest tile that holds the rows, or the largest."""
     tiles = (OLDER_TILES if capability < 90 else TILES).get(decoding, TILES[decoding])
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
+
+
+def pieces_of(tile: Tile, layout: WordLayout) -> dict[str, int]:
+    """The constants of the product that say how a step takes its inputs."""
+    rows = layout.rows_for(tile.inputs)
+    pieces = tile.pieces if rows % (tile.pieces * FEWEST_ROWS) == 0 else 1
+    return {"ROWS": rows // pieces, "PIECES": pieces}
 
 
 def split_of(tiles: int, blocks: int, device: Device, warps: int) -> tuple[int, int]:

@@ -9,9 +9,13 @@ the words of one block:
 
 Where levels do not come scaled from their decoder, scales are applied to the product of the fields that share them, in
 float32. Programs: one for BN outputs and BM rows, times SPLIT runs of blocks. ROWS may be fewer than the rows of a
-block, which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a
-counter, adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
+block, which is then taken in parts, one in a step or several PIECES one after the other. Those of one tile leave their
+sums in a workspace; the last to arrive, told by a counter, adds them in the order of the runs and goes on to the
+epilogue, so the result does not depend on who was last.
 """
+
+import re
+from itertools import chain
 
 import torch
 
@@ -24,6 +28,7 @@ __all__ = [
     "SPLIT_LINES",
     "finish_text",
     "group_lines",
+    "number_lines",
     "product_arguments",
     "product_text",
     "tail_arguments",
@@ -79,8 +84,9 @@ SPLIT_LINES = """if IS_SPLIT:
 
 _MATMUL = """@triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
-           BN: tl.constexpr, ROWS: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
-    PARTS: tl.constexpr = {rows} // ROWS
+           BN: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr,
+           EMULATED: tl.constexpr):
+    PARTS: tl.constexpr = {rows} // (ROWS * PIECES)
     row_tiles = tl.cdiv(M, BM)
     tile = tl.program_id(0) // row_tiles
     rm = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
@@ -94,10 +100,13 @@ def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, 
     acc = tl.zeros((BN, BM), tl.float32)
     {before}
     for step in range(first, last):
-        block, part = step // PARTS, (step % PARTS) * ROWS
-        w_at = w_tile + (block * {tall} + part) * NP
-        x_from = block * {block} + part * {stride}
-        {loop}
+        block = step // PARTS
+        {groups}
+        for piece in tl.static_range(PIECES):
+            part = (step % PARTS * PIECES + piece) * ROWS
+            w_at = w_tile + (block * {tall} + part) * NP
+            x_from = block * {block} + part * {stride}
+            {loop}
     {after}
     {split}"""
 
@@ -134,7 +143,8 @@ def product_text(request: KernelRequest, form: WeightForm) -> str:
     matmul = _MATMUL.format(
         pointers=", ".join(product_arguments(request, form)),
         before="\n    ".join(_lines_before(form)),
-        loop="\n        ".join([*_decode_lines(form), *_sum_lines(form, request.k)]),
+        groups="\n        ".join(group_lines(form)),
+        loop="\n            ".join(_loop_lines(form, request.k)),
         after="\n    ".join(_scale_lines(form)),
         split=SPLIT_LINES.format(tail=tail_arguments(request)),
         **numbers,
@@ -181,30 +191,58 @@ def _lines_before(form: WeightForm) -> list[str]:
 
 
 def _decode_lines(form: WeightForm) -> list[str]:
+    return [*_word_lines(form), *group_lines(form), *number_lines(form), *form.calls]
+
+
+def _word_lines(form: WeightForm) -> list[str]:
     rows = form.layout.rows
-    words = [f'w{i} = tl.load(w_at + {i * rows} * NP, eviction_policy="evict_first")' for i in range(form.layout.words)]
-    return [*words, *group_lines(form), *form.calls]
+    return [f'w{i} = tl.load(w_at + {i * rows} * NP, eviction_policy="evict_first")' for i in range(form.layout.words)]
 
 
 def group_lines(form: WeightForm) -> list[str]:
-    """Scales s<i> and zeros z<i> of the groups in a block."""
+    """Words v<i> that hold the scales and zeros of the groups in a block."""
     if form.fields_per_scale is None:
         return []
-    count = form.scales_per_row
-    names = [f"s{i}" for i in range(count)] + [f"z{i}" for i in range(count) if form.subtracted.is_tile]
-    per_word = 1 if form.half is None else 2
-    words = -(-len(names) // per_word)
+    words = -(-len(_scale_names(form)) // _numbers_per_word(form))
     blocks = form.inputs_per_row // form.layout.block
     row = "block" if blocks == 1 else f"(block // {blocks})"
-    lines = [f"v{i} = tl.load(s_ptr + ({row} * {words} + {i}) * NP + rn)" for i in range(words)]
-    if form.is_scaled:
-        return lines
+    return [f"s_at = s_ptr + {row} * {words} * NP + rn", *(f"v{i} = tl.load(s_at + {i} * NP)" for i in range(words))]
+
+
+def number_lines(form: WeightForm) -> list[str]:
+    """Scales s<i> and zeros z<i> from those words, where levels do not come scaled from their decoder."""
+    if form.fields_per_scale is None or form.is_scaled:
+        return []
+    per_word = _numbers_per_word(form)
     halves = ("low", "high") if per_word == 2 else ("full",)
-    return lines + [f"{name} = {halves[i % per_word]}(v{i // per_word})" for i, name in enumerate(names)]
+    return [f"{name} = {halves[i % per_word]}(v{i // per_word})" for i, name in enumerate(_scale_names(form))]
 
 
-def _sum_lines(form: WeightForm, k: int) -> list[str]:
-    layout, shared = form.layout, form.fields_per_scale
+def _scale_names(form: WeightForm) -> list[str]:
+    count = form.scales_per_row
+    return [f"s{i}" for i in range(count)] + [f"z{i}" for i in range(count) if form.subtracted.is_tile]
+
+
+def _numbers_per_word(form: WeightForm) -> int:
+    return 1 if form.half is None else 2
+
+
+def _loop_lines(form: WeightForm, k: int) -> list[str]:
+    """Loads first; then fields are multiplied as soon as they are decoded, which leaves more registers."""
+    lines = [*_word_lines(form), *_input_lines(form, k)]
+    numbers = {line.split()[0]: line for line in number_lines(form)}
+    fields = range(form.layout.fields)
+    last = [max(i for i, call in enumerate(form.calls) if re.search(rf"\bf{j}\b", call)) for j in fields]
+    for i, call in enumerate(form.calls):
+        products = (_product_lines(form, j) for j in fields if last[j] == i)
+        for line in [call, *chain.from_iterable(products)]:
+            lines += [numbers.pop(name) for name in re.findall(r"\b[sz]\d+\b", line) if name in numbers]
+            lines.append(line)
+    return lines
+
+
+def _input_lines(form: WeightForm, k: int) -> list[str]:
+    layout = form.layout
     step = 1 if form.stride > 1 else layout.rows
     lines = []
     for j in range(layout.fields):
@@ -212,15 +250,17 @@ def _sum_lines(form: WeightForm, k: int) -> list[str]:
         if k % layout.block:
             inside += f" & ((x_from + {j * step} + rq * {form.stride}) < K)[:, None]"
         lines.append(f"x{j} = tl.load(x_tile + (x_from + {j * step}), mask={inside}, other=0.0)")
-    for j in range(layout.fields):
-        if shared is None or form.is_scaled:
-            lines.append(f"acc = product_added(f{j}, x{j}, acc, EMULATED)")
-            continue
-        begins, ends = j % shared == 0, j % shared == shared - 1
-        lines.append(f"t = product(f{j}, x{j}, EMULATED)" if begins else f"t = product_added(f{j}, x{j}, t, EMULATED)")
-        if ends:
-            lines.append(f"acc += t * s{j // shared}")
     return lines
+
+
+def _product_lines(form: WeightForm, j: int) -> list[str]:
+    """Field j times its inputs, added up."""
+    shared = form.fields_per_scale
+    if shared is None or form.is_scaled:
+        return [f"acc = product_added(f{j}, x{j}, acc, EMULATED)"]
+    begins, ends = j % shared == 0, j % shared == shared - 1
+    line = f"t = product(f{j}, x{j}, EMULATED)" if begins else f"t = product_added(f{j}, x{j}, t, EMULATED)"
+    return [line, f"acc += t * s{j // shared}"] if ends else [line]
 
 
 def _scale_lines(form: WeightForm) -> list[str]:
