@@ -96,6 +96,12 @@ class Variant:
         if most and per_weight > most:
             yield f"{per_weight:.2f} instructions per weight, not {most}"
 
+    def crowded(self, programs: int) -> Iterator[str]:
+        """Why so few programs on a processor are too few, if they are."""
+        planned = self.tile.programs if self.case.rows <= FEW_ROWS else 1
+        if programs < planned:
+            yield f"{programs} programs on a processor, not {planned}"
+
     @property
     def most_instructions(self) -> float | None:
         """Per weight in the main loop: the gate of this variant, if it has one."""
@@ -205,9 +211,8 @@ def _programs(code: MachineCode, tile: Tile, capability: int) -> int:
 
 def _failures(variant: Variant, code: MachineCode, per_weight: float, programs: int) -> Iterator[str]:
     yield from variant.slow(per_weight)
+    yield from variant.crowded(programs)
     if code.spills or code.stack:
         yield f"{code.spills} spills, {code.stack} bytes of stack"
     if not code.matrices and variant.form.half is not None:
         yield "no tensor cores"
-    if (variant.case.rows <= FEW_ROWS and programs < 2) or programs < 1:
-        yield f"{programs} programs on a processor"

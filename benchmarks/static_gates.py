@@ -72,8 +72,8 @@ class Rows:
         if known is None:
             row = variant.measure()
         else:
-            others = [failure for failure in known.failures if "per weight" not in failure]
-            failures = (*variant.slow(known.per_weight), *others)
+            others = [why for why in known.failures if "per weight" not in why and "on a processor" not in why]
+            failures = (*variant.slow(known.per_weight), *variant.crowded(known.programs), *others)
             row = replace(known, spec=case.spec, act=case.act, rows=case.rows, failures=failures)
         self.counted[row.variant] = row
         if self.found.get(case) != row:

@@ -171,7 +171,7 @@ def launch_product(
     """
     x, device = pointers[0], device_facts(pointers[0].device)
     tiles = sizes[2] // tile.outputs * -(-len(x) // tile.rows)
-    split, chunk = split_of(tiles, blocks, device, tile.warps)
+    split, chunk = split_of(tiles, blocks, device, tile.programs)
     partial, counters = workspace(x.device)
     if tiles * split * tile.rows * tile.outputs > partial.numel() or tiles > counters.numel():
         split, chunk = 1, blocks

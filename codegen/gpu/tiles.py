@@ -4,7 +4,7 @@ Looked up when a kernel is launched, from the number of rows at hand: no guards,
 not used before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -18,7 +18,8 @@ __all__ = ["Device", "Tile", "device_facts", "is_dense_better", "pieces_of", "sp
 class Tile:
     """rows, outputs: of the result that one program computes; inputs: of one step of its loop; warps, stages: as
     Triton takes them; registers: that a thread may use, where the assembler would rather spill than use them; pieces:
-    in which a step takes its inputs, one after the other, so that fewer are in registers."""
+    in which a step takes its inputs, one after the other, so that fewer are in registers; programs: that are to be on
+    a processor at a time, where few rows wait for memory."""
 
     rows: int
     outputs: int
@@ -27,6 +28,7 @@ class Tile:
     stages: int
     registers: int | None = None
     pieces: int = 1
+    programs: int = field(default=2, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,15 @@ _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
 _LEAN = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2))
 """Sums of one kind only leave registers for twice as many outputs in a warp, which read the inputs half as often."""
 _FEW = (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240))
+_NARROW = Tile(8, 128, 256, 2, 3, programs=3)
+"""Of programs of two warps it takes three to keep a processor busy."""
 TILES: dict[str, tuple[Tile, ...]] = {
     "arithmetic": (*_FEW, *_LEAN),
-    "short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 3), *_LEAN),
-    "many fields": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 3), *_LEAN),
-    "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 2, 3), *_LEAN),
+    "short groups": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
+    "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
+    "planes": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
     "sums of groups": (*_FEW, *_WIDE),
-    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 64, 256, 2, 4), *_WIDE),
+    "sums of short groups": (_NARROW, Tile(16, 64, 256, 2, 4, 255, programs=3), *_WIDE),
     "sums of planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "table": (*_FEW, *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
@@ -68,9 +72,10 @@ Four stages are kept on their way where there is room: memory takes about a micr
 _PIECES = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2, pieces=2))
 OLDER_TILES: dict[str, tuple[Tile, ...]] = {
     "arithmetic": (*_FEW, *_PIECES),
-    "many fields": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 4, 4, 240), *_PIECES),
+    "short groups": (_NARROW, Tile(16, 128, 256, 2, 3), *_LEAN),
+    "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 4, 4, 240), *_PIECES),
     "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
-    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "sums of short groups": (_NARROW, Tile(16, 128, 256, 4, 4, 240), *_WIDE),
 }
 """Where they differ before sm_90, whose tensor cores multiply 64 rows for fewer registers."""
 
@@ -97,15 +102,13 @@ def pieces_of(tile: Tile, layout: WordLayout) -> dict[str, int]:
     return {"ROWS": rows // pieces, "PIECES": pieces}
 
 
-def split_of(tiles: int, blocks: int, device: Device, warps: int) -> tuple[int, int]:
-    """Runs into which the blocks of every tile are split, and blocks of a run: two programs for every processor.
+def split_of(tiles: int, blocks: int, device: Device, programs: int) -> tuple[int, int]:
+    """Runs into which the blocks of every tile are split, and blocks of a run: `programs` for every processor.
 
-    Of programs of two warps it takes three to keep a processor busy.
-
-    >>> split_of(32, 32, Device(132, 0, 0), 4)
+    >>> split_of(32, 32, Device(132, 0, 0), 2)
     (8, 4)
     """
-    wanted = max(1, max(2, 6 // warps) * device.processors // tiles)
+    wanted = max(1, programs * device.processors // tiles)
     # Runs of one block would move more partial sums than weights.
     chunk = max(-(-blocks // wanted), min(2, blocks))
     return -(-blocks // chunk), chunk
