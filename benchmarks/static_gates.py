@@ -1,32 +1,30 @@
 """What the GPU kernels compile to, counted without a GPU: instructions per weight, registers, spills, shared memory.
 
     python -m benchmarks.static_gates [--quick] [--json FILE] [--seconds N] [--spec NAME ..] [--float16]
-    python -m benchmarks.static_gates --table FILE ..
+    python -m benchmarks.static_gates --table FILE .. [--into docs/kernels.md]
 
 Every kernel variant is cross-compiled for sm_80 and sm_90 with the Triton that is installed, and its machine code is
 read. A kernel that issues more instructions per weight than a processor can while memory delivers the weight cannot be
 memory-bound (docs/kernels.md has the budgets). Gates that fail are marked and make the exit status 1.
 
 With --json, variants that the file holds already are not compiled again unless their text changed; --seconds stops
-after that time, and the next call goes on. --table prints what files hold as the tables of docs/kernels.md. With --amd
+after that time, and the next call goes on. --table prints what files hold as the tables of docs/kernels.md, or puts
+them there with --into. With --amd
 the kernels are compiled for gfx942 as well, in their plain form; that is a report only.
 """
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 
 import torch
 
 from benchmarks._gates import Case, Row, compile_plain, variant_of
+from benchmarks._gates_rows import Rows, read_rows
 
 SPECS = (
     "int4g128", "int4g64", "int4g32", "int4", "int4g128z", "int4g64z", "int4g64f", "int4g32m", "int8", "int8g128",
@@ -39,6 +37,7 @@ EIGHT_BIT = (
 )  # fmt: skip
 QUICK = ("int4g128", "int4g64z", "nf4g64")
 ROWS = (1, 16, 64)
+_BEGIN, _END = "<!-- static_gates: tables -->", "<!-- static_gates: end -->"
 EIGHT_BIT_ROWS = (16, 64, 128)
 
 
@@ -52,66 +51,6 @@ def cases(
     for (spec, act), capability, rows in itertools.product(eight_bit, (80, 90), EIGHT_BIT_ROWS):
         if capability == 90 or act == "int8-token":
             yield Case(spec, torch.float16, rows, capability, act)
-
-
-class Rows:
-    """What was counted, by case; the file it is kept in, if any, is written with every row.
-
-    A row of a file counts as long as its code would be compiled again; another case of equal code is not compiled.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.found = {_case_of(row): row for row in (read_rows(path) if path else [])}
-        self.counted = {row.variant: row for row in self.found.values()}
-
-    def row_of(self, case: Case) -> Row:
-        """The row of a case, compiled unless a known one is of the same code."""
-        variant = variant_of(case)
-        known = self.counted.get(variant.key)
-        if known is None:
-            row = variant.measure()
-        else:
-            others = [why for why in known.failures if "per weight" not in why and "on a processor" not in why]
-            failures = (*variant.slow(known.per_weight), *variant.crowded(known.programs), *others)
-            row = replace(known, spec=case.spec, act=case.act, rows=case.rows, failures=failures)
-        self.counted[row.variant] = row
-        if self.found.get(case) != row:
-            self.found[case] = row
-            self._write()
-        return row
-
-    def _write(self) -> None:
-        if self.path:
-            write_rows(self.path, sorted(self.found.values(), key=_place))
-
-
-def _case_of(row: Row) -> Case:
-    return Case(row.spec, getattr(torch, row.dtype), row.rows, int(row.target.removeprefix("sm_")), row.act)
-
-
-def _place(row: Row) -> tuple[bool, bool, int, str, int]:
-    """Where a row stands in a file and in the tables."""
-    specs = [spec for spec, _ in EIGHT_BIT] if row.act != "float" else list(SPECS)
-    place = specs.index(row.spec) if row.spec in specs else len(specs)
-    return row.act != "float", row.dtype != "float16", place, row.target, row.rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of an earlier run."""
-    listed = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [Row(**{**row, "failures": tuple(row["failures"])}) for row in listed if "variant" in row]
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """What a run found, with versions."""
-    import triton
-
-    about = {"triton": triton.__version__, "torch": torch.__version__, "date": date.today().isoformat(),
-             "machine": platform.processor() or platform.machine()}  # fmt: skip
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _amd(specs: Sequence[str]) -> Iterator[str]:
@@ -147,13 +86,26 @@ def table(files: Sequence[Path]) -> Iterator[str]:
         yield "|---|---|" + "---|" * len(columns)
         found = {(row.spec, row.act, row.dtype, row.target, row.rows, i): row
                  for i, path in enumerate(files) for row in read_rows(path) if (row.act != "float") == is_quantized}
-        for spec, act, dtype in dict.fromkeys(key[:3] for key in found):
+        for spec, act, dtype in sorted(dict.fromkeys(key[:3] for key in found), key=lambda key: _place(*key)):
             cells = []
             for target, count in columns:
                 rows = [found.get((spec, act, dtype, target, count, i)) for i in range(len(files))]
                 cells.append(" / ".join(_cell(row) for row in rows if row) or "-")
             yield f"| {spec} | {act if is_quantized else dtype} | {' | '.join(cells)} |"
         yield ""
+
+
+def _place(spec: str, act: str, dtype: str) -> tuple[bool, int]:
+    specs = list(SPECS) if act == "float" else [name for name, _ in EIGHT_BIT]
+    return dtype != "float16", specs.index(spec) if spec in specs else len(specs)
+
+
+def tables_replaced(text: str, files: Sequence[Path]) -> str:
+    """A page with these tables between the marks in it."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    assert after, f"the page has no marks {_BEGIN} {_END}"
+    return "\n".join([before + _BEGIN, *table(files), _END + after])
 
 
 def _cell(row: Row) -> str:
@@ -173,7 +125,11 @@ def main() -> None:
     parser.add_argument("--spec", nargs="+", help="these specs only")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942 too")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print what these files hold")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it between the marks of a page")
     given = parser.parse_args()
+    if given.table and given.into:
+        given.into.write_text(tables_replaced(given.into.read_text(), given.table))
+        return
     if given.table:
         print("\n".join(table(given.table)))
         return

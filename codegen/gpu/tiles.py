@@ -56,7 +56,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "sums of groups": (*_FEW, *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 64, 256, 2, 4, 255, programs=3), *_WIDE),
     "sums of planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
-    "table": (*_FEW, *_WIDE),
+    "table": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
     "eight bits": (
         Tile(16, 64, 128, 4, 4),
@@ -76,6 +76,7 @@ OLDER_TILES: dict[str, tuple[Tile, ...]] = {
     "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 4, 4, 240), *_PIECES),
     "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "table": (*_FEW, *_WIDE),
 }
 """Where they differ before sm_90, whose tensor cores multiply 64 rows for fewer registers."""
 

@@ -1,13 +1,15 @@
 """Machine code of the GPU kernels, cross-compiled: instructions per weight, spills, tensor cores."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import static_gates
+from benchmarks import _gates_rows
 from benchmarks._gates import Case, Row, compile_around, variant_of
-from benchmarks.static_gates import Rows, read_rows, table
+from benchmarks._gates_rows import Rows, read_rows
+from benchmarks.static_gates import table, tables_replaced
 from tests.targets.interpreted import needs_triton
 
 HELD = [
@@ -78,7 +80,7 @@ def counting(monkeypatch):
     """Keys by spec, and those that were compiled."""
     pytest.importorskip("triton")  # its version is written
     keys, measured = {"int4g64": "a", "int4g64z": "b", "int4g64f": "b"}, []
-    monkeypatch.setattr(static_gates, "variant_of", lambda case: Counted(case, keys[case.spec], measured))
+    monkeypatch.setattr(_gates_rows, "variant_of", lambda case: Counted(case, keys[case.spec], measured))
     return keys, measured
 
 
@@ -109,3 +111,11 @@ def test_the_table_marks_what_fails(counting, tmp_path):
         rows.row_of(Case("int4g64", torch.float16, count, 80))
     (line,) = (line for line in table([path]) if "int4g64" in line)
     assert line.count("2.00") == 2 and line.count(" - ") == 4
+
+
+def test_the_page_holds_what_was_counted():
+    """`python -m benchmarks.static_gates --table benchmarks/results/static_gates_triton_* --into docs/kernels.md`"""
+    root = Path(__file__).parents[2]
+    files = [root / f"benchmarks/results/static_gates_triton_{version}.json" for version in ("3.9", "3.6")]
+    page = (root / "docs/kernels.md").read_text()
+    assert tables_replaced(page, files) == page
