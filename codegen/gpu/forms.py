@@ -265,7 +265,7 @@ def _scale_words(
     """Scales and zeros [out, in // group] as words [rows * words, outputs] int32; what outputs are multiplied by."""
     norm = scale.new_ones(1, 1)
     if form.half is not None:
-        # The largest scale goes to 2^14 .. 2^15; no bit of others changes unless they are 2^28 smaller.
+        # The largest scale goes to 2^14 .. 2^15; no bit of others changes unless they are 2^24 smaller.
         largest = scale.abs().amax(1, keepdim=True) if form.is_scaled else scale.abs().amax().view(1, 1)
         norm = torch.exp2(largest.clamp_min(_SMALLEST_SCALE).log2().floor() - 14)
         scale = (scale / norm).to(torch.float16).float()

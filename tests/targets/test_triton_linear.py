@@ -52,6 +52,12 @@ def test_every_spec_type_and_number_of_rows():
 
 
 @needs_triton
+def test_tiles_of_older_gpus():
+    """Steps that take their inputs in pieces, whole blocks and the end of a row."""
+    check([case(spec, 64, capability=80) for spec in ("int4g128", "int4g96", "int4", "int2g32f", "int3g64")])
+
+
+@needs_triton
 def test_chains():
     check([
         *(case("int4g32", 5, epilogue=epilogue) for epilogue in EPILOGUES),
