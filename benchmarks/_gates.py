@@ -11,7 +11,7 @@ from benchmarks._sass import MachineCode, compile_kernel, read_machine_code
 from ptqc.act_spec import ActSpec
 from ptqc.codegen.build import load_text
 from ptqc.codegen.gpu.chains import operand_names
-from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, summed_group
+from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, eight_bit_modes, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of
 from ptqc.codegen.gpu.inputs import prologue_pointers
 from ptqc.codegen.gpu.tiles import Tile, pieces_of, tile_for
@@ -158,7 +158,7 @@ def _compile(variant: Variant, target: Any, is_plain: bool) -> Any:
     signature |= dict.fromkeys(("M", "N", "K", "NP", "BLOCKS", "CHUNK", "SPLIT"), "i32")
     constants = {
         "BM": tile.rows, "BN": tile.outputs, "IS_SPLIT": True, "PTX": not is_plain, "EMULATED": False,
-        **({} if is_quantized else pieces_of(tile, form.layout)),
+        **(eight_bit_modes(not is_plain, variant.case.capability) if is_quantized else pieces_of(tile, form.layout)),
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     registers = {"maxnreg": tile.registers} if tile.registers and not is_plain else {}

@@ -33,7 +33,15 @@ from ptqc.codegen.gpu.weight_only import (
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
 
-__all__ = ["codes_of_bytes", "eight_bit_arguments", "eight_bit_form", "eight_bit_text", "pack_bytes", "summed_group"]
+__all__ = [
+    "codes_of_bytes",
+    "eight_bit_arguments",
+    "eight_bit_form",
+    "eight_bit_modes",
+    "eight_bit_text",
+    "pack_bytes",
+    "summed_group",
+]
 
 _MATMUL = """@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
@@ -57,7 +65,8 @@ def product_added(a, b, total, EMULATED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
-           BN: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
+           BN: tl.constexpr, IS_FENCED: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr,
+           EMULATED: tl.constexpr):
     row_tiles = tl.cdiv(M, BM)
     tile = tl.program_id(0) // row_tiles
     rm = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
@@ -83,10 +92,25 @@ def low(words):
 
 @triton.jit
 def high(words):
-    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]"""
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
 
-_HALVES_OF_16 = ("((w << 4) & -16).to(tl.int8)", "(w & -16).to(tl.int8)")
-"""The two fields of a byte, times 16."""
+
+@triton.jit
+def halves(w, PTX: tl.constexpr):
+    # The two fields of a byte, times 16.
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 up; shl.b32 up, $2, 4; and.b32 $1, $2, 0xf0f0f0f0; and.b32 $0, up, 0xf0f0f0f0; }",
+            "=r,=r,r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    return ((w << 4) & -16).to(tl.int8), (w & -16).to(tl.int8)
+
+
+@triton.jit
+def fenced(w, IS_FENCED: tl.constexpr):
+    # Costs nothing, and keeps the compiler from reading the operands of the next step ahead, byte by byte.
+    if IS_FENCED:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [w, w], dtype=w.dtype, is_pure=True, pack=4)
+    return w"""
 
 
 def eight_bit_form(request: KernelRequest) -> WeightForm | str:
@@ -172,6 +196,14 @@ def eight_bit_arguments(request: KernelRequest, form: WeightForm) -> dict[str, s
     return found | form.pointers | dict.fromkeys(operand_names(request), POINTER_TYPES[request.dtype])
 
 
+def eight_bit_modes(has_ptx: bool, capability: int) -> dict[str, bool]:
+    """The constants of the product that depend on the GPU; has_ptx: that it takes assembler.
+
+    Before sm_90 operands of tensor cores are read into registers.
+    """
+    return {"IS_FENCED": has_ptx and capability < 90}
+
+
 def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
     """The kernel `matmul`, and what it calls."""
     is_integer = form.words_type == "*i8"
@@ -193,16 +225,14 @@ def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
 
 def _sum_lines(request: KernelRequest, form: WeightForm, is_deferred: bool) -> list[str]:
     layout, shared = form.layout, form.fields_per_scale
-    fields = ("w",) if layout.fields == 1 else _HALVES_OF_16
-    lines = []
-    for j, field in enumerate(fields):
+    lines = ["f0 = fenced(w, IS_FENCED)" if layout.fields == 1 else "f0, f1 = halves(w, PTX)"]
+    for j in range(layout.fields):
         inside = "rows_in"
         if request.k % layout.block:
             inside += f" & ((x_from + {j * layout.rows} + rq) < K)[:, None]"
         # float8 has no literal: an integer zero becomes one of any type.
         other = "0.0" if form.words_type == "*fp8e4nv" else "0"
         lines.append(f"x{j} = tl.load(x_tile + (x_from + {j * layout.rows}), mask={inside}, other={other})")
-        lines.append(f"f{j} = {field}")
     for j in range(layout.fields):
         if is_deferred:
             lines.append(f"acc = product_added(f{j}, x{j}, acc, EMULATED)")

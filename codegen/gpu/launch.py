@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptqc.act_spec import ActSpec
 from ptqc.activations import quantize_input
-from ptqc.codegen.gpu.eight_bit import eight_bit_form, summed_group
+from ptqc.codegen.gpu.eight_bit import eight_bit_form, eight_bit_modes, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of, padded
 from ptqc.codegen.gpu.inputs import needs_entry
 from ptqc.codegen.gpu.order import ByteOrder, WordOrder
@@ -143,9 +143,11 @@ class EightBitLinear(Linear):
         if act.scale == "tensor" and not act.is_static:
             prologue = apply_fusions(self.prologue, x.float(), before).to(x.dtype)
             before = [*before, quantize_input(prologue, act)[1].view(1)]
-        tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
-        sizes, blocks = (self.n, self.k, padded(self.n)), -(-self.k // self.form.layout.block)
-        launch_product(self.kernels["matmul"], tile, [*self._enter(x, before), *parts, *behind, out], sizes, blocks)
+        capability = device_facts(x.device).capability
+        tile = tile_for(len(x), self.form.decoding, capability)
+        pointers, sizes = [*self._enter(x, before), *parts, *behind, out], (self.n, self.k, padded(self.n))
+        modes = eight_bit_modes(device_modes(x.device)["PTX"], capability)
+        launch_product(self.kernels["matmul"], tile, pointers, sizes, -(-self.k // self.form.layout.block), **modes)
 
     def _enter(self, x: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
         """Codes of the input, their scales, and their sums where they are asked for."""

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from ptqc.act_spec import ActSpec
 from ptqc.codegen.gpu.forms import form_of
 from ptqc.codegen.gpu.levels import byte_planes, whole_levels
 from ptqc.codegen.gpu.ptx import HALVES
 from ptqc.codegen.gpu.scaled import centred_bytes
 from ptqc.codegen.gpu.words import pack_words, word_layout
+from ptqc.codegen.targets.triton_eight_bit import TritonEightBit
+from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 from ptqc.storage import levels
 from tests.targets.ptx import run_ptx
@@ -126,6 +129,16 @@ def run_scaled(form, words, halves, planes=()):
                 registers += [value, value]
         fields += [_numbers(result, form.half) for result in run_ptx(text, constraints.count("="), registers)]
     return fields
+
+
+def test_two_codes_of_a_byte():
+    request = KernelRequest(WeightSpec.parse("int4"), 64, 128, torch.float16, "cuda", ActSpec.parse("int8-token"))
+    ((text, constraints),) = re.findall(r'"(\{ .reg .b32 up.*?)",\s*"(.*?)"', TritonEightBit().emit(request).text)
+    stored = np.arange(256, dtype=np.uint8).view(np.uint32)
+    low, high = (field.view(np.int8) for field in run_ptx(text, constraints.count("="), [stored]))
+    code = np.arange(256).astype(np.uint8).view(np.int8)
+    np.testing.assert_array_equal(low, code << 4)
+    np.testing.assert_array_equal(high, code & -16)
 
 
 def test_levels_that_are_integers():
