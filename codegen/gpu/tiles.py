@@ -55,7 +55,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "planes": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
     "sums of groups": (*_FEW, *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 64, 256, 2, 4, 255, programs=3), *_WIDE),
-    "sums of planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "sums of planes": (Tile(8, 128, 256, 4, 3, 255), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "table": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
     "eight bits": (
@@ -69,13 +69,18 @@ TILES: dict[str, tuple[Tile, ...]] = {
 """By how weights are decoded, then by rows. More than 64 rows of tiles that decode need more registers than there are.
 Four stages are kept on their way where there is room: memory takes about a microsecond (benchmarks.static_gates)."""
 
-_PIECES = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2, pieces=2))
 OLDER_TILES: dict[str, tuple[Tile, ...]] = {
-    "arithmetic": (*_FEW, *_PIECES),
-    "short groups": (_NARROW, Tile(16, 128, 256, 2, 3), *_LEAN),
-    "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 4, 4, 240), *_PIECES),
+    "arithmetic": (*_FEW, Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2, pieces=2)),
+    "short groups": (_NARROW, Tile(16, 128, 256, 2, 3, 255), *_LEAN),
+    "many fields": (
+        Tile(8, 128, 256, 2, 4, programs=3),
+        Tile(16, 128, 256, 4, 4, 240),
+        Tile(32, 128, 256, 4, 3),
+        Tile(64, 128, 256, 4, 2, 255, pieces=2),
+    ),
     "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "sums of planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "table": (*_FEW, *_WIDE),
 }
 """Where they differ before sm_90, whose tensor cores multiply 64 rows for fewer registers."""
