@@ -19,17 +19,12 @@ from torch.nn.functional import pad
 from ptqc.codebooks import Codebook
 from ptqc.codegen.gpu.chains import operand_names
 from ptqc.codegen.gpu.decode import Subtracted
-from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale, logical_parts, pack_scales, padded
+from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale
 from ptqc.codegen.gpu.levels import whole_levels
+from ptqc.codegen.gpu.loop import group_lines, number_lines
+from ptqc.codegen.gpu.parts import logical_parts, pack_scales, padded
 from ptqc.codegen.gpu.ptx import HALVES
-from ptqc.codegen.gpu.weight_only import (
-    POINTER_TYPES,
-    SPLIT_LINES,
-    group_lines,
-    number_lines,
-    tail_arguments,
-    tail_text,
-)
+from ptqc.codegen.gpu.weight_only import POINTER_TYPES, SPLIT_LINES, tail_arguments, tail_text
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from ptqc.act_spec import ActSpec
 from ptqc.activations import quantize_input
 from ptqc.codegen.gpu.eight_bit import eight_bit_form, eight_bit_modes, summed_group
-from ptqc.codegen.gpu.forms import WeightForm, form_of, padded
+from ptqc.codegen.gpu.forms import WeightForm, form_of
 from ptqc.codegen.gpu.inputs import needs_entry
 from ptqc.codegen.gpu.order import ByteOrder, WordOrder
+from ptqc.codegen.gpu.parts import padded
 from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, pieces_of, split_of, tile_for
 from ptqc.fusions import apply_fusions, narrows
 from ptqc.requests import KernelRequest
