@@ -53,7 +53,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "short groups": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
     "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
     "planes": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
-    "sums of groups": (*_FEW, *_WIDE),
+    "sums of groups": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 64, 256, 2, 4, 255, programs=3), *_WIDE),
     "sums of planes": (Tile(8, 128, 256, 4, 3, 255), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "table": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
@@ -79,8 +79,14 @@ OLDER_TILES: dict[str, tuple[Tile, ...]] = {
         Tile(64, 128, 256, 4, 2, 255, pieces=2),
     ),
     "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "sums of groups": (Tile(8, 128, 256, 4, 4, 255), _FEW[1], *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "sums of planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "sums of planes": (
+        Tile(8, 128, 256, 4, 3),
+        Tile(16, 128, 256, 4, 3, 240),
+        Tile(32, 128, 256, 4, 3),
+        Tile(64, 128, 128, 8, 3),
+    ),
     "table": (*_FEW, *_WIDE),
 }
 """Where they differ before sm_90, whose tensor cores multiply 64 rows for fewer registers."""
