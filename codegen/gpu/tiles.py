@@ -53,7 +53,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "short groups": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
     "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
     "planes": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
-    "sums of groups": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
+    "sums of groups": (_FEW[0], Tile(16, 128, 256, 4, 4, 232), *_WIDE),
     "sums of short groups": (_NARROW, Tile(16, 64, 256, 2, 4, 255, programs=3), *_WIDE),
     "sums of planes": (Tile(8, 128, 256, 4, 3, 255), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
     "table": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
