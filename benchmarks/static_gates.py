@@ -41,9 +41,7 @@ _BEGIN, _END = "<!-- static_gates: tables -->", "<!-- static_gates: end -->"
 EIGHT_BIT_ROWS = (16, 64, 128)
 
 
-def cases(
-    specs: Sequence[str], eight_bit: Sequence[tuple[str, str]], dtypes: Sequence[torch.dtype]
-) -> Iterator[Case]:
+def cases(specs: Sequence[str], eight_bit: Sequence[tuple[str, str]], dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """What is compiled, in the order of the tables."""
     for dtype in dtypes:
         for spec, capability, rows in itertools.product(specs, (80, 90), ROWS):
@@ -84,8 +82,12 @@ def table(files: Sequence[Path]) -> Iterator[str]:
         columns = [(target, count) for target in ("sm_80", "sm_90") for count in counts]
         yield "| spec | |" + "".join(f" {target}: {count} |" for target, count in columns)
         yield "|---|---|" + "---|" * len(columns)
-        found = {(row.spec, row.act, row.dtype, row.target, row.rows, i): row
-                 for i, path in enumerate(files) for row in read_rows(path) if (row.act != "float") == is_quantized}
+        found = {
+            (row.spec, row.act, row.dtype, row.target, row.rows, i): row
+            for i, path in enumerate(files)
+            for row in read_rows(path)
+            if (row.act != "float") == is_quantized
+        }
         for spec, act, dtype in sorted(dict.fromkeys(key[:3] for key in found), key=lambda key: _place(*key)):
             cells = []
             for target, count in columns:

@@ -97,13 +97,13 @@ def _calls(layout: WordLayout, *tables: str) -> list[str]:
     return [f"{names} = decode_0({', '.join([f'w{word}', *tables, 'PTX'])})" for word, names in enumerate(fields)]
 
 
-NOUGHT = '''@triton.jit
+NOUGHT = """@triton.jit
 def nought(PTX: tl.constexpr):
     zero = tl.zeros((1, 1), tl.int32)
     if PTX:
         return tl.inline_asm_elementwise("mov.u32 $0, %lanemask_lt; shr.u32 $0, $0, 31;", "=r,r", [zero],
                                          dtype=tl.int32, is_pure=True, pack=1)
-    return zero'''
+    return zero"""
 """Text of a function that gives 0, which assemblers cannot tell: what they know to be equal in all threads goes to
 registers that byte permutations do not read, and is moved for every use (0.9 instructions per weight, sm_80)."""
 

@@ -90,9 +90,7 @@ def decode_scaled(layout: WordLayout, subtracted: Subtracted, fields_per_scale: 
     return "\n\n\n".join(functions), calls
 
 
-def _plain_lines(
-    pieces: Sequence[Piece], subtracted: Subtracted, places: Sequence[int], step: float
-) -> list[str]:
+def _plain_lines(pieces: Sequence[Piece], subtracted: Subtracted, places: Sequence[int], step: float) -> list[str]:
     scale, *rest = map(_plain_scale, places)
     minus = rest[0] if rest else f"s * {-subtracted.constant * SMALLEST}"
     return [
