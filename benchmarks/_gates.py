@@ -21,7 +21,7 @@ from ptqc.codegen.targets.triton_linear import TritonLinear
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
 
-__all__ = ["Case", "Row", "Variant", "compile_around", "compile_plain", "variant_of"]
+__all__ = ["Case", "Row", "Variant", "compile_around", "compile_plain", "programs_of", "variant_of"]
 
 SHARED = {80: 163, 90: 227}
 """KiB of shared memory of a processor."""
@@ -121,7 +121,7 @@ class Variant:
         case, tile = self.case, self.tile
         code = read_machine_code(_compile(self, GPUTarget("cuda", case.capability, 32), is_plain=False))
         per_weight = code.loop_length / (tile.outputs * self.inputs / (32 * tile.warps))
-        programs = _programs(code, tile, case.capability)
+        programs = programs_of(code, tile.warps, case.capability)
         failures = tuple(_failures(self, code, round(per_weight, 2), programs))
         return Row(
             case.spec, case.act, str(case.dtype).removeprefix("torch."), f"sm_{case.capability}", case.rows,
@@ -203,10 +203,10 @@ def _compile_plainly(kernel: Any, signature: dict[str, str], constants: dict[str
     compile_kernel(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned, target, num_warps=8)
 
 
-def _programs(code: MachineCode, tile: Tile, capability: int) -> int:
+def programs_of(code: MachineCode, warps: int, capability: int) -> int:
     """Programs that fit on a processor at a time."""
-    by_registers = 65536 // (max(code.registers, 32) * 32 * tile.warps)
-    return int(min(by_registers, SHARED[capability] * 1024 // (code.shared + 1024), 64 // tile.warps))
+    by_registers = 65536 // (max(code.registers, 32) * 32 * warps)
+    return int(min(by_registers, SHARED[capability] * 1024 // (code.shared + 1024), 64 // warps))
 
 
 def _failures(variant: Variant, code: MachineCode, per_weight: float, programs: int) -> Iterator[str]:

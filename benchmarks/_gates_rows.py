@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks._attention_gates import AttentionRow
 from benchmarks._gates import Case, Row, variant_of
 
-__all__ = ["Rows", "read_rows"]
+__all__ = ["Rows", "read_rows", "write_rows"]
 
 
 class Rows:
@@ -44,7 +45,7 @@ class Rows:
 
     def _write(self) -> None:
         if self.path:
-            _write_rows(self.path, list(self.found.values()))
+            write_rows(self.path, list(self.found.values()))
 
 
 def _case_of(row: Row) -> Case:
@@ -57,7 +58,7 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**{**row, "failures": tuple(row["failures"])}) for row in listed if "variant" in row]
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row | AttentionRow]) -> None:
     """What a run found, with versions."""
     import triton
 

@@ -9,7 +9,8 @@ output head is stored in 4 bits too (6 in Q4_K_M).
     python -m benchmarks.cpu_decode [--quick] [--threads 1] [--formats int4g32 nf4 gptq] [--layers 16] [--json FILE]
 
 --formats names what the weights are stored in (FORMATS below). Calibrated ones see two windows of random tokens: their
-weights are not good, but as slow or fast as good ones. Beside the JSON a plot is drawn (if matplotlib is installed).
+weights are not good, but as slow or fast as good ones. --experts: a mixture of so many experts instead (Qwen3-MoE), 768
+wide inside, four of them for each token. Beside the JSON a plot is drawn (if matplotlib is installed).
 """
 
 import argparse
@@ -36,6 +37,9 @@ except ImportError:
 PROMPT = 128
 SIZES = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
          "max_position_embeddings": 2048}  # fmt: skip
+SIZES_OF_EXPERTS = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "head_dim": 128,
+                    "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 4,
+                    "norm_topk_prob": True, "max_position_embeddings": 2048}  # fmt: skip
 FORMATS = {
     "int4g32": ("rtn", {"spec": "int4g32"}),
     "nf4": ("nf4", {}),
@@ -56,14 +60,18 @@ def quantized(model, name):
     method, options = FORMATS[name]
     if name in CALIBRATED:
         options = options | {"calibration": [torch.randint(model.config.vocab_size, (1, 64)) for _ in range(2)]}
-    return ptqc.quantize(model, method, include=["model.layers*", "lm_head*"], progress=False, **options)
+    return ptqc.quantize(model, method, include=["model.layers*_proj*", "lm_head*"], progress=False, **options)
 
 
-def random_llama(layers, vocabulary, dtype=torch.bfloat16):
-    """A Llama with seeded random weights."""
+def random_model(layers, vocabulary, experts=0, dtype=torch.bfloat16):
+    """A Llama, or a mixture of experts, with seeded random weights."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers, vocab_size=vocabulary)
-    return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    shape = {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    if experts:
+        config = transformers.Qwen3MoeConfig(**SIZES_OF_EXPERTS, **shape, num_experts=experts)
+    else:
+        config = transformers.LlamaConfig(**SIZES, **shape)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -122,7 +130,7 @@ def measure(arguments, threads):
     """A row for each side."""
     torch.set_num_threads(threads)
     for side in (*arguments.formats, "bfloat16"):
-        model = random_llama(arguments.layers, arguments.vocabulary)
+        model = random_model(arguments.layers, arguments.vocabulary, arguments.experts)
         if side != "bfloat16":
             model = quantized(model, side)
             yield {"side": f"ptqc {side}", "threads": threads} | time_torch(model, "ptqc", arguments.tokens)
@@ -141,6 +149,7 @@ def main():
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
     parser.add_argument("--formats", nargs="*", default=["int4g32"], choices=FORMATS)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: a Llama")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--without-bfloat16", action="store_true", help="it takes minutes on a CPU without AVX512")
@@ -152,7 +161,8 @@ def main():
     print("| side | threads | prompt ms | token ms, least | median | compile s |\n|---|---|---|---|---|---|")
     for threads in arguments.threads:
         for row in measure(arguments, threads):
-            rows.append(row | {"layers": arguments.layers, "vocabulary": arguments.vocabulary})
+            shape = {"layers": arguments.layers, "vocabulary": arguments.vocabulary, "experts": arguments.experts}
+            rows.append(row | shape)
             cells = [f"{row[key]:.1f}" for key in ("prefill_ms", "least_ms", "median_ms")]
             compiling = f"{row['compile_s']:.0f}" if "compile_s" in row else ""
             print("|", " | ".join([row["side"], str(threads), *cells, compiling]), "|", flush=True)

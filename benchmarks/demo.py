@@ -34,8 +34,10 @@ from ptqc.comparison.report import check_folder, write
 from ptqc.texts import docs, tokenize
 
 REFERENCE = Path(__file__).parent / "models" / "reference"
-METHODS = "int8,fp8,hqq:4,nf4,nf4:nf4g64dq,fp4,rtn:4,hqq:3,rtn:3,hqq:2"
+METHODS = "int8,fp8,hqq:4,nf4,nf4:nf4g64dq,fp4,rtn:4,hqq:3,rtn:3,hqq:2,gptq:4,awq:4,awq+gptq:3"
 WINDOW = 512
+_SAMPLES = 16
+"""Windows to calibrate on."""
 PROMPT = "The for statement is used to"
 
 console = Console(highlight=False)
@@ -43,12 +45,14 @@ console = Console(highlight=False)
 
 @dataclass
 class Demo:
-    """What the steps share. probe: tokens whose logits are compared. logits, folder_bytes: by label of the method."""
+    """What the steps share. tokens: to score. calibration: the windows that follow, [1, 512] each. probe: tokens whose
+    logits are compared. logits, folder_bytes: by label of the method."""
 
     out: Path
     model: nn.Module
     tokenizer: Any
     tokens: Tensor
+    calibration: list[Tensor]
     candidates: list[Candidate]
     logits: dict[str, Tensor] = field(default_factory=dict)
     folder_bytes: dict[str, int] = field(default_factory=dict)
@@ -114,15 +118,18 @@ def prepare() -> Demo:
     shutil.rmtree(arguments.out / "models", ignore_errors=True)
     model = ptqc.load(REFERENCE)
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    tokens = tokenize(docs(), tokenizer, limit=arguments.windows * WINDOW)
+    tokens = tokenize(docs(), tokenizer, limit=(arguments.windows + _SAMPLES) * WINDOW)
+    tokens, unseen = tokens[: arguments.windows * WINDOW], tokens[arguments.windows * WINDOW :]
+    calibration = [unseen[start : start + WINDOW][None] for start in range(0, len(unseen), WINDOW)]
     weights = sum(weight.numel() for weight in model.parameters())
     console.print(
         f"{type(model).__name__}, {weights / 1e6:.1f} M weights in float16, {REFERENCE}\n"
-        f"{len(tokens):,} tokens of Python's language reference, {len(candidates)} methods, "
+        f"{len(tokens):,} tokens of Python's language reference to score, the next {unseen.numel():,} to calibrate on, "
+        f"{len(candidates)} methods, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         soft_wrap=True,
     )
-    return Demo(arguments.out, model, tokenizer, tokens, candidates)
+    return Demo(arguments.out, model, tokenizer, tokens, calibration, candidates)
 
 
 def run_methods(demo: Demo) -> Comparison:
@@ -146,7 +153,7 @@ def run_methods(demo: Demo) -> Comparison:
 
         found = compare(
             demo.model, demo.candidates, demo.tokens, window=WINDOW, names=(REFERENCE.name, "docs"), on_step=advance,
-            on_quantized=keep,
+            on_quantized=keep, calibration=demo.calibration,
         )  # fmt: skip
     return found
 

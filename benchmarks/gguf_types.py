@@ -3,8 +3,8 @@
 Weights: all matrices of the reference model whose rows are whole superblocks. Importance: the mean square of their
 inputs on calibration text, the same for both sides. Error: sum of importance times squared difference (importance 1
 without), decoded by the `gguf` package; the ratio is ours over that of llama.cpp, mean over matrices, and the worst
-matrix. Speed: millions of weights a second of one core, of a normal matrix of 4 million weights on all cores: the least
-processor time of several calls, which others on the machine disturb less than the time on the clock.
+matrix. Speed: millions of weights a second by the clock, of a normal matrix of 4 million weights on all cores: the
+shortest of several calls.
 llama.cpp does not search scales of Q4_0, Q4_1, Q5_0, Q5_1 without importance, nor of TQ1_0, TQ2_0 ever. Our encoders
 are compiled first; both sides take turns on the machine.
 
@@ -43,14 +43,14 @@ def error(encoded: NDArray[np.uint8], weights: Floats, name: str, counted: Float
 
 
 def seconds(*encoders: Callable[[], object]) -> list[float]:
-    """The least processor time of each, all threads together, of several calls in turn."""
+    """The shortest time of each, by the clock, of several calls in turn."""
     times: list[list[float]] = [[] for _ in encoders]
     started = time.perf_counter()
     while len(times[0]) < _REPEATS or time.perf_counter() - started < _SECONDS:
         for encode, own in zip(encoders, times, strict=True):
-            start = time.process_time()
+            start = time.perf_counter()
             encode()
-            own.append(time.process_time() - start)
+            own.append(time.perf_counter() - start)
     return [min(own) for own in times]
 
 

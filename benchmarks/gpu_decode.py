@@ -32,6 +32,7 @@ from benchmarks.plain_llama import PlainLlama, Sizes
 from ptqc.codegen.attention import attention_for
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.methods import METHODS, quantize_weight
+from ptqc.passes.lower.few_launches import settings_for
 from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import tell_static_inputs, unlift
 from ptqc.pipeline import Context
@@ -94,11 +95,12 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = unlift(gm, example_inputs)
         context = Context(kernel_for, target_for, refusals_of, attention_for)
-        lowering(graph.parameters, dict(graph.names)).run(graph.module, context)
+        changed = lowering(graph.parameters, dict(graph.names)).run(graph.module, context)
         for _, chosen in context.chosen:
             self.kernels[chosen.kernel.target] = self.kernels.get(chosen.kernel.target, 0) + 1
         tell_static_inputs(graph.module)
-        compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept])
+        inputs, settings = [example_inputs[i] for i in graph.kept], settings_for(graph.module, changed)
+        compiled: Any = compile_fx(graph.module, inputs, config_patches=settings or None)
         return lambda *arguments: compiled(*[arguments[i] for i in graph.kept])
 
 

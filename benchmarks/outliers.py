@@ -1,10 +1,11 @@
 """What transforms do for a model whose activations have outliers, as those of large models have.
 
-    python -m benchmarks.outliers [--factors 50 200] [--windows 32] [--json FILE]
+    python -m benchmarks.outliers [--factors 50 200] [--channels largest random] [--windows 32] [--json FILE]
 
 The reference model gets them without changing its function: in 1% of the channels of every norm the gain is multiplied
-by a factor, and the columns of the linears behind it are divided by it. Calibrated on English, scored on English that
-was not seen and on code.
+by a factor, and the columns of the linears behind it are divided by it. The channels are those with the largest values
+already, as outliers come about in training, or random ones. Calibrated on English, scored on English that was not seen
+and on code.
 
 8 bits: weights and inputs, one calibrated (static) scale per input, by itself and behind SmoothQuant; and LLM.int8.
 3 bits: weights alone, groups of 128 with a zero, rounded to nearest by themselves and behind AWQ. `recovered` is the
@@ -12,6 +13,7 @@ share of what rounding loses in perplexity that AWQ brings back.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -41,36 +43,58 @@ CASES = {
 TEXTS = ("docs", "code")
 
 
-@torch.no_grad()
-def with_outliers(model, factor, seed=0):
-    """Give a model outliers in place; returns the model."""
-    generator = torch.Generator().manual_seed(seed)
+def norms(model):
+    """Each norm before linears, with them."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for norm, linears in (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            size = len(norm.weight)
-            chosen = torch.randperm(size, generator=generator)[: max(1, round(SHARE * size))]
-            norm.weight[chosen] *= factor
-            for linear in linears:
-                linear.weight[:, chosen] /= factor
+        yield layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)
+        yield layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)
+
+
+@torch.no_grad()
+def largest_values(model, data):
+    """The largest absolute value of each output channel of each norm, a tensor [channels] for each."""
+    found = {norm: torch.zeros(len(norm.weight)) for norm, _ in norms(model)}
+
+    def keep(norm, _, output):
+        found[norm] = torch.maximum(found[norm], output.abs().flatten(0, -2).amax(0))
+
+    hooks = [norm.register_forward_hook(keep) for norm in found]
+    for tokens in data:
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+@torch.no_grad()
+def with_outliers(model, factor, channels, data):
+    """Give a model outliers in place; returns the model."""
+    generator = torch.Generator().manual_seed(0)
+    values = largest_values(model, data) if channels == "largest" else None
+    for i, (norm, linears) in enumerate(norms(model)):
+        size = len(norm.weight)
+        order = torch.randperm(size, generator=generator) if values is None else values[i].argsort(descending=True)
+        chosen = order[: max(1, round(SHARE * size))]
+        norm.weight[chosen] *= factor
+        for linear in linears:
+            linear.weight[:, chosen] /= factor
     return model
 
 
-def measure(factor, windows, samples):
+def measure(factor, channels, windows, samples):
     """One row per case."""
-    judge = reference.Scale(with_outliers(reference.load(), factor), TEXTS, windows)
-    exact = {text: judge.perplexity(text) for text in TEXTS}
     data = reference.calibration("docs", samples)
-    rows = [{"factor": factor, "case": "float"} | {text: {"perplexity": exact[text]} for text in TEXTS}]
+    judge = reference.Scale(with_outliers(reference.load(), factor, channels, data), TEXTS, windows)
+    exact = {text: judge.perplexity(text) for text in TEXTS}
+    setting = {"factor": factor, "channels": channels}
+    rows = [setting | {"case": "float"} | {text: {"perplexity": exact[text]} for text in TEXTS}]
     for name, (method, options) in CASES.items():
         model, seconds = judge.quantized(method, calibration=data, **options)
         found = {text: judge.score(model, text) for text in TEXTS}
         for text in TEXTS:
             found[text]["relative"] = found[text]["perplexity"] / exact[text]
-        rows.append({"factor": factor, "case": name, "seconds": seconds} | found)
+        rows.append(setting | {"case": name, "seconds": seconds} | found)
         print(rows[-1], flush=True)
     return with_recovered(rows)
 
@@ -90,18 +114,22 @@ def with_recovered(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factors", type=float, nargs="+", default=[50.0, 200.0])
+    parser.add_argument("--channels", nargs="+", default=["largest", "random"], choices=["largest", "random"])
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens scored, of each text")
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = [row for factor in arguments.factors for row in measure(factor, arguments.windows, arguments.samples)]
+    settings = itertools.product(arguments.factors, arguments.channels)
+    rows = [row for setting in settings for row in measure(*setting, arguments.windows, arguments.samples)]
     measures = ("perplexity", "relative", "kl", "recovered")
-    table = Table("factor", "case", *(f"{measure}, {text}" for text in TEXTS for measure in measures), "seconds")
+    columns = [f"{measure}, {text}" for text in TEXTS for measure in measures]
+    table = Table("factor", "channels", "case", *columns, "seconds")
     for row in rows:
         values = [f"{row[text][measure]:.4f}" if measure in row[text] else "" for text in TEXTS for measure in measures]
-        table.add_row(f"{row['factor']:g}", row["case"], *values, f"{row['seconds']:.1f}" if "seconds" in row else "")
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        table.add_row(f"{row['factor']:g}", row["channels"], row["case"], *values, seconds)
     Console(width=200).print(table)
     if arguments.json:
         reference.write(arguments.json, rows, share=SHARE, samples=arguments.samples, windows=arguments.windows)

@@ -1,6 +1,7 @@
 """What the GPU kernels compile to, counted without a GPU: instructions per weight, registers, spills, shared memory.
 
     python -m benchmarks.static_gates [--quick] [--json FILE] [--seconds N] [--spec NAME ..] [--float16]
+    python -m benchmarks.static_gates --attention [--json FILE]
     python -m benchmarks.static_gates --table FILE .. [--into docs/kernels.md]
 
 Every kernel variant is cross-compiled for sm_80 and sm_90 with the Triton that is installed, and its machine code is
@@ -9,8 +10,8 @@ memory-bound (docs/kernels.md has the budgets). Gates that fail are marked and m
 
 With --json, variants that the file holds already are not compiled again unless their text changed; --seconds stops
 after that time, and the next call goes on. --table prints what files hold as the tables of docs/kernels.md, or puts
-them there with --into. With --amd
-the kernels are compiled for gfx942 as well, in their plain form; that is a report only.
+them there with --into. With --amd the kernels are compiled for gfx942 as well, in their plain form; that is a report
+only. --attention compiles attention of few queries instead.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks._attention_gates import ATTENTION_CASES, measure_attention
 from benchmarks._gates import Case, Row, compile_plain, variant_of
-from benchmarks._gates_rows import Rows, read_rows
+from benchmarks._gates_rows import Rows, read_rows, write_rows
 
 SPECS = (
     "int4g128", "int4g64", "int4g32", "int4", "int4g128z", "int4g64z", "int4g64f", "int4g32m", "int8", "int8g128",
@@ -117,6 +119,20 @@ def _cell(row: Row) -> str:
     return f"**{text}**" if row.failures else text
 
 
+def attention(path: Path | None) -> int:
+    """Print Markdown, a row for every case of attention, and write JSON. Returns how many fail."""
+    print("| case | target | tile | instructions for a key | registers | shared KB | programs | tensor cores | fails |")
+    print("|" + "---|" * 9)
+    rows = []
+    for case, capability in itertools.product(ATTENTION_CASES, (80, 90)):
+        rows.append(row := measure_attention(case, capability))
+        numbers = f"{row.loop} | {row.registers} | {row.shared / 1024:.0f} | {row.programs} | {row.matrices}"
+        print(f"| {row.case} | {row.target} | {row.tile} | {numbers} | {'; '.join(row.failures)} |", flush=True)
+    if path:
+        write_rows(path, rows)
+    return sum(bool(row.failures) for row in rows)
+
+
 def main() -> None:
     """Print the rows, write JSON, fail if a gate does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,6 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="go on with this file, and write it")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long")
     parser.add_argument("--spec", nargs="+", help="these specs only")
+    parser.add_argument("--attention", action="store_true", help="attention of few queries instead of products")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942 too")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print what these files hold")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it between the marks of a page")
@@ -138,6 +155,9 @@ def main() -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
 
+    if given.attention:
+        print(f"Triton {triton.__version__}, torch {torch.__version__}")
+        sys.exit(1 if attention(given.json) else 0)
     begun = time.monotonic()
     specs = tuple(given.spec or (QUICK if given.quick else SPECS))
     dtypes = (torch.float16,) if given.quick or given.float16 else (torch.float16, torch.bfloat16)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ptqc import ops
+from ptqc.codegen.experts import expert_runner
 from ptqc.errors import PtqcError
-from ptqc.held import AS_STORED, OneWay
+from ptqc.held import AS_STORED, Layout, OneWay
 from ptqc.requests import TARGETS, Emitter, Kernel, KernelRequest, KernelSource
 
 __all__ = ["cache_folder", "kernel_for", "refusals_of", "target_for"]
@@ -81,7 +82,9 @@ def _load(target: str, source: KernelSource, request: KernelRequest, refusals: t
         return Kernel(target, ops.linear, AS_STORED, arguments, refusals)
     module = load_text(source.text)
     width, layout = request.width, getattr(module, "LAYOUT", None) or OneWay(module.prepare)
-    return Kernel(target, _operator(module), layout, lambda x, parts, rest: (x, parts, rest, width), refusals)
+    arguments = lambda x, parts, rest: (x, parts, rest, width)  # noqa: E731
+    experts = _expert_operator(module, layout, request.n) if request.is_plain and layout.stacked(1) else None
+    return Kernel(target, _operator(module), layout, arguments, refusals, experts)
 
 
 def load_text(text: str) -> ModuleType:
@@ -120,6 +123,22 @@ def _temporary_folder() -> Path:
 def _rows(value: Tensor) -> Tensor:
     """[..., features] as [rows, features]; vectors and single numbers as they are."""
     return value if value.ndim <= 2 else value.reshape(-1, value.shape[-1])
+
+
+def _expert_operator(module: ModuleType, layout: Layout, n: int) -> Any:
+    """Register `ptqc.codegen.experts` of a text as ptqc::<name of the text>_experts."""
+    name = f"{module.__name__}_experts"
+    if not hasattr(torch.ops.ptqc, name):
+        _LIBRARY.define(
+            f"{name}(Tensor x, Tensor[] parts, Tensor at, int experts, bool is_sorted, int width) -> Tensor"
+        )
+
+        def fake(x: Tensor, parts: Sequence[Tensor], at: Tensor, experts: int, is_sorted: bool, width: int) -> Tensor:
+            return x.new_empty((x.shape[0], width))
+
+        _LIBRARY.impl(name, expert_runner(module.run, layout, n), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ptqc::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ptqc, name).default
 
 
 def _operator(module: ModuleType) -> Any:

@@ -24,8 +24,9 @@ from ptqc.spec import SCALE_DTYPES, WeightSpec, Zero
 from ptqc.surroundings import Surroundings
 
 __all__ = [
-    "DIALECTS", "DamagedWeight", "Dialect", "Entries", "Entry", "Inventory", "Tails", "damaged", "describe_or_refuse",
-    "described", "nearest_integer", "needed", "plain_reason", "scale_dtype_name", "single", "stem_of",
+    "DIALECTS", "DamagedWeight", "Dialect", "Entries", "Entry", "Inventory", "Tails", "conv1d_notes", "damaged",
+    "describe_or_refuse", "described", "nearest_integer", "needed", "plain_reason", "scale_dtype_name", "single",
+    "stem_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -162,21 +163,31 @@ def describe_or_refuse(
         raise damaged(name, str(error)) from None
 
 
-def plain_reason(weight: QuantTensor, *, order: bool, acts: Sequence[ActSpec] = (ActSpec(),)) -> str | None:
+def plain_reason(
+    weight: QuantTensor, *, order: bool, acts: Sequence[ActSpec] = (ActSpec(),), conv1d: bool = False
+) -> str | None:
     """Why a dialect of plain linear weights cannot hold what is around this one; None if it can.
 
-    order: whether it can say in which order the inputs were quantized. acts: what it knows to do to inputs.
+    order: whether it can say in which order the inputs were quantized. acts: what it knows to do to inputs. conv1d:
+    whether its readers look for stored weights in a Conv1D of transformers as well. All hold them [out, in].
     """
     around = weight.surroundings
     checks = {
         f"it has {weight.ndim} axes; only matrices have a name there": weight.ndim != 2,
-        "it is stored for a Conv1D, [in, out]; only weights of linear modules have a place there": weight.is_transposed,
+        "it is the weight of a Conv1D; readers look for stored weights in linear modules only (those of gptq, "
+        "awq and bitsandbytes also in a Conv1D)": weight.is_transposed and not conv1d,
         "its inputs are scaled at run time (input_scale), which no tensor there can say": around.input_scale,
         "it is rotated, which no tensor there can say": bool(around.input_rotation or around.output_rotation),
         "its inputs are in the order of quantization, which no tensor there can say": around.order and not order,
         f"its inputs are quantized as {around.act}; possible are {', '.join(map(str, acts))}": around.act not in acts,
     }
     return next((reason for reason, holds in checks.items() if holds), None)
+
+
+def conv1d_notes(inventory: Inventory) -> tuple[str, ...]:
+    """Who opens a folder with weights of a Conv1D, where that is not everybody."""
+    count = sum(weight.is_transposed for weight in inventory.weights.values())
+    return (f"{count} weights of a Conv1D: GPTQModel.load opens them, transformers 5.23 does not",) if count else ()
 
 
 def nearest_integer(weight: QuantTensor, bits: Sequence[int], zeros: Sequence[Zero] = ("none", "int")) -> WeightSpec:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ptqc.errors import ExportError
+from ptqc.option_types import wrong_option
 from ptqc.registry import Registry
 from ptqc.scratch import hidden, hold, shortage, sweep
 
@@ -170,6 +171,9 @@ def _make(format: str, options: dict[str, Any]) -> Exporter:
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise ExportError(f'format "{format}" has no option {unknown[0]!r}; its options: {", ".join(known) or "none"}')
+    wrong = wrong_option(kind, options)
+    if wrong is not None:
+        raise ExportError(f'format "{format}": {wrong[1]}')
     return kind(**options)
 
 

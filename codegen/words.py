@@ -24,7 +24,8 @@ from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import Surroundings
 
 __all__ = [
-    "Affine", "Lay", "affine_of", "groups_of", "integer_reason", "order_of", "pack_words", "unpack_words", "weight_of",
+    "Groupwise", "Lay", "groups_of", "groupwise_of", "integer_reason", "order_of", "pack_words", "unpack_words",
+    "weight_of",
 ]  # fmt: skip
 
 _INDICES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -76,9 +77,12 @@ class Lay:
 
 
 @dataclass(frozen=True)
-class Affine:
-    """A weight in the order of its inputs. codes: [out, in] uint8. scale: [out, groups] as stored. zero: like scale,
-    uint8. group_of: [in] int32, the group of each input."""
+class Groupwise:
+    """Integers with one scale per row and group, in the order of the inputs.
+
+    codes: [out, in] uint8. scale: [out, groups] as stored. zero: like scale, uint8. group_of: [in] int32, the group of
+    each input.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -97,7 +101,7 @@ def integer_reason(weight: QuantTensor, *, bits: Sequence[int], scales: Sequence
     return None
 
 
-def affine_of(weight: QuantTensor) -> Affine:
+def groupwise_of(weight: QuantTensor) -> Groupwise:
     """The codes of a weight with an integer spec of plain scales; nothing around it but an order counts."""
     spec, (out_features, in_features) = weight.spec, weight.stored_shape
     rows, columns = spec.groups(weight.stored_shape)
@@ -112,18 +116,18 @@ def affine_of(weight: QuantTensor) -> Affine:
     else:
         zero = torch.full((rows, columns), 2 ** (spec.bits - 1), dtype=torch.uint8, device=codes.device)
     scale = parts["scale"]
-    return Affine(codes, scale.expand(out_features, -1), zero.expand(out_features, -1), group_of)
+    return Groupwise(codes, scale.expand(out_features, -1), zero.expand(out_features, -1), group_of)
 
 
-def weight_of(affine: Affine, meta: QuantTensor, extras: dict[str, Tensor] | None = None) -> QuantTensor:
-    """Invert `affine_of`. meta: the described weight. extras: what is around it besides an order."""
-    spec, codes, extras = meta.spec, affine.codes, dict(extras or {})
+def weight_of(form: Groupwise, meta: QuantTensor, extras: dict[str, Tensor] | None = None) -> QuantTensor:
+    """Invert `groupwise_of`. meta: the described weight. extras: what is around it besides an order."""
+    spec, codes, extras = meta.spec, form.codes, dict(extras or {})
     if meta.surroundings.order:
-        extras["order"] = affine.group_of.argsort(stable=True).to(torch.int32)
+        extras["order"] = form.group_of.argsort(stable=True).to(torch.int32)
         codes = codes.index_select(1, extras["order"])
-    parts = {"codes": spec.packer.pack(codes, spec.bits), "scale": affine.scale.contiguous()}
+    parts = {"codes": spec.packer.pack(codes, spec.bits), "scale": form.scale.contiguous()}
     if spec.zero == "int":
-        parts["zero"] = pack_linear(affine.zero, spec.bits)
+        parts["zero"] = pack_linear(form.zero, spec.bits)
     return meta.with_parts(parts, extras=extras)
 
 

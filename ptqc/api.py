@@ -19,9 +19,10 @@ from ptqc.assign import assign, nothing_to_do, quantize_site
 from ptqc.auto import auto
 from ptqc.calibrate import batches
 from ptqc.components import Component
-from ptqc.engine.jobs import Report
+from ptqc.engine.report import Report
 from ptqc.engine.run import quantize_calibrated
 from ptqc.errors import PtqcError
+from ptqc.option_types import wrong_option
 from ptqc.plan import plan_work
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, Rule, recipe_rows, remember, requested_rules, wants
@@ -147,6 +148,9 @@ def _auto(
     unknown = sorted(set(given) - set(inspect.signature(auto).parameters))
     if unknown:
         raise PtqcError(f"auto has no option {', '.join(unknown)}; known: bits, base, candidates, group_size, measure")
+    wrong = wrong_option(auto, given)
+    if wrong is not None:
+        raise PtqcError(f"auto: {wrong[1]}")
     return auto(model, calibration, **given, on_step=advance)
 
 

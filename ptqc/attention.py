@@ -13,12 +13,14 @@ A query that sees no key gets zeros, as from `torch.nn.functional.scaled_dot_pro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-__all__ = ["MOST_QUERIES", "Attend", "AttentionRequest"]
+__all__ = ["MOST_QUERIES", "Attend", "AttentionKernel", "AttentionRequest", "empty_result"]
 
-Attend = Callable[..., torch.Tensor]
+Attend = Callable[..., Tensor]
 
 MOST_QUERIES = 8
 """Beyond these, keys are used often enough for a matrix product to be the better form."""
@@ -33,3 +35,20 @@ class AttentionRequest:
     value_features: int
     mask: torch.dtype | None
     device: str
+
+
+class AttentionKernel(Protocol):
+    """What a target makes of a request; text: of the kernel, which names the operator."""
+
+    @property
+    def text(self) -> str:
+        """The kernel."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Run it; y as `empty_result`."""
+
+
+def empty_result(q: Tensor, value_features: int) -> Tensor:
+    """[batch, heads, queries, value features], in memory by query, then head: what the next product reads."""
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, value_features).transpose(1, 2)

@@ -6,8 +6,8 @@ of the graph goes to Inductor.
 
 Options: method, bits, group_size, spec, recipe, include, exclude as in `ptqc.quantize`; `free`: release the float
 weights (the model then only runs compiled); `exact`: kernels must not quantize activations on their own account;
-`keep_stored`: quantized weights keep their parts besides what kernels hold (`ptqc.held`); `inductor`: settings for
-Inductor; anything else is an option of the method.
+`keep_stored`: quantized weights keep their parts besides what kernels hold (`ptqc.held`); `torch_attention`: attention
+stays torch's; `inductor`: settings for Inductor; anything else is an option of the method.
 Changing a float parameter after compilation is not seen, as with Inductor's freezing.
 `kernel_table(model)` says which kernel serves which weight, and why; PTQC_LOGS=kernels prints it while compiling.
 """
@@ -22,17 +22,21 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 
+from ptqc.attention import Attend, AttentionRequest
 from ptqc.codegen.attention import attention_for
 from ptqc.codegen.build import kernel_for, refusals_of, target_for
 from ptqc.errors import PtqcError
 from ptqc.identity import mark_of
 from ptqc.kernel_log import chosen_kernels, kernel_table, log_as_asked, note_kernels
+from ptqc.passes.lower.few_launches import settings_for
 from ptqc.passes.lower.order import lowering
 from ptqc.passes.lower.unlift import Unlifted, tell_static_inputs, unlift
 from ptqc.pipeline import Context
+from ptqc.program import value_of
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Recipe, load_recipe, make_rule
 from ptqc.stored import Selection, call_alike, kept_weights, learn_model, name_of, note_kept, stored_weights
+from ptqc.views import function_name
 
 __all__ = ["chosen_kernels", "kept_weights", "kernel_table", "ptqc", "stored_weights"]
 
@@ -40,7 +44,7 @@ log = logging.getLogger("ptqc")
 log_as_asked()
 
 _RULE_OPTIONS = ("method", "bits", "group_size", "spec", "activation")
-_SWITCHES = ("free", "exact", "keep_stored")
+_SWITCHES = ("free", "exact", "keep_stored", "torch_attention")
 _OWN_OPTIONS = (*_RULE_OPTIONS, "recipe", "include", "exclude", *_SWITCHES, "inductor")
 
 
@@ -52,6 +56,7 @@ class _Options:
     free: bool = False
     exact: bool = False
     keep_stored: bool = False
+    torch_attention: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -100,20 +105,27 @@ def ptqc(
     parsed = _Options.parse(options)
     learn_model()
     _warn_of_break(gm, parsed)
+    _warn_of_floats(gm)
     graph = unlift(gm, example_inputs)
     names = {node: name_of(parameter, graph.names[node]) for node, parameter in graph.parameters.items()}
-    context = Context(kernel_for, target_for, refusals_of, attention_for, parsed.exact, parsed.keep_stored)
+    attention = _torch_attention if parsed.torch_attention else attention_for
+    context = Context(kernel_for, target_for, refusals_of, attention, parsed.exact, parsed.keep_stored)
     store = parsed.selection.store if parsed.selection else None
-    lowering(graph.parameters, names, store).run(graph.module, context)
+    changed = lowering(graph.parameters, names, store).run(graph.module, context)
     note_kernels(context.chosen)
     for node, reason in context.kept.items():
         note_kept(graph.parameters[node], names[node], reason)
     if parsed.free:
         _free(graph, context)
     tell_static_inputs(graph.module)
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **parsed.inductor}
+    told = settings_for(graph.module, changed) | (torch._inductor.list_mode_options(mode) if mode else {})
+    patches = {**told, **parsed.inductor}
     compiled: Any = compile_fx(graph.module, [example_inputs[i] for i in graph.kept], config_patches=patches or None)
     return _Compiled(gm, graph, compiled, options, mode)
+
+
+def _torch_attention(request: AttentionRequest) -> Attend | str:
+    return "torch's attention was asked for"
 
 
 class _Compiled:
@@ -179,6 +191,17 @@ def _warn_of_break(gm: fx.GraphModule, options: _Options) -> None:
             "graph break (%s): weights used between graphs stay in float; "
             "ptqc.quantize(model, ...) before torch.compile reaches them all",
             first,
+        )
+
+
+def _warn_of_floats(gm: fx.GraphModule) -> None:
+    """With `dynamic=True` dynamo takes numbers of modules, as a norm's epsilon, for inputs unless it is told not to."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and node.users]
+    numbers = [node for node in inputs if getattr(value_of(node), "dtype", None) == torch.float64]
+    if any(all(function_name(user) == "item" for user in node.users) for node in numbers):
+        log.warning(
+            "epsilons and scales are inputs of this graph, so norms and attention stay outside of kernels; "
+            "torch._dynamo.config.specialize_float = True before compiling makes them constants"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ptqc.act_spec import ActSpec
 from ptqc.errors import PtqcError, UnknownNameError, first_line
 from ptqc.methods import METHODS, Method
+from ptqc.option_types import wrong_option
 from ptqc.registry import Registry
 from ptqc.transforms import TRANSFORMS, Transform
 
@@ -57,12 +58,23 @@ class _Draft:
     def make(self) -> Any:
         if self.made is not None:
             return self.made
+        found = self._tried(self.options)
+        if not isinstance(found, Exception):
+            return found
+        culprit = next((name for name in self.options if not isinstance(self._without(name), Exception)), None)
+        if not isinstance(found, PtqcError):
+            found = PtqcError(f"{_kind(self)} cannot be made with {dict(self.options)!r}: {first_line(found)}")
+        raise found if culprit is None else _about(found, self, culprit)
+
+    def _tried(self, options: Mapping[str, Any]) -> Any:
+        """The component, or the error that it raises."""
         try:
-            return self.kind(**self.options)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, PtqcError):
-                raise
-            raise PtqcError(f"{_kind(self)} cannot be made with {dict(self.options)!r}: {first_line(error)}") from None
+            return self.kind(**options)
+        except (TypeError, ValueError, PtqcError) as error:
+            return error
+
+    def _without(self, option: str) -> Any:
+        return self._tried({name: value for name, value in self.options.items() if name != option})
 
 
 def chain(method: Component | Sequence[Component], options: Mapping[str, Any] | None = None) -> Chain:
@@ -114,11 +126,21 @@ def _named(name: str, options: Mapping[str, Any]) -> _Draft:
 
 
 def _set(draft: _Draft, options: Mapping[str, Any]) -> _Draft:
-    unknown = sorted(set(options) - draft.known)
+    unknown = sorted(map(str, set(options) - draft.known))
     if unknown:
-        raise PtqcError(f"{_kind(draft)} has no option {', '.join(map(str, unknown))}; known: {_known(draft)}")
+        text = f"{_kind(draft)} has no option {', '.join(unknown)}; known: {_known(draft)}"
+        raise _about(PtqcError(text), draft, unknown[0])
+    wrong = wrong_option(draft.kind, options)
+    if wrong is not None:
+        raise _about(PtqcError(f"{_kind(draft)}: {wrong[1]}"), draft, wrong[0])
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}  # from files
     return _Draft(draft.name, draft.kind, {**draft.options, **given}, draft.made)
+
+
+def _about(error: PtqcError, draft: _Draft, option: str) -> PtqcError:
+    """An error that says which option it is about."""
+    error.option = (draft.name, option)
+    return error
 
 
 def _kind(draft: _Draft) -> str:
@@ -169,7 +191,7 @@ def _with_options(drafts: Sequence[_Draft], first: _Draft | None, options: Mappi
         takers = [draft for draft in drafts if option in draft.known]
         takers = [first] if first in takers and first is not None else takers
         if len(takers) != 1:
-            raise PtqcError(_no_taker(option, takers, drafts))
+            raise _about(PtqcError(_no_taker(option, takers, drafts)), drafts[-1], str(option))
         given[takers[0].name][option] = value
     return [_set(draft, given[draft.name]) for draft in drafts]
 

@@ -1,7 +1,7 @@
 """Contractions: which operand of a product derives from parameters, which is the other, and how their axes meet.
 
-Linear, matmul, mm, bmm, mv, addmm and baddbmm, einsum over one letter, grouped_mm and its fallback of transformers, and
-the attention of torch as a whole, in graphs of torch functions and in ATen graphs.
+Products of two factors (`ptqc.product_forms`), einsum over one letter, and the attention of torch as a whole, in graphs
+of torch functions and in ATen graphs.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from ptqc.product_forms import PRODUCTS, ProductForm
 from ptqc.views import function_name, shape_of
 
 __all__ = ["Contraction", "contractions_of"]
@@ -34,22 +35,11 @@ class Contraction:
     reason: str | None = None
 
 
-# Positions of (input, weight) of each product of two operands; either may be the weight.
-_PRODUCTS: dict[str, tuple[int, int]] = {
-    "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "__matmul__": (0, 1), "__rmatmul__": (1, 0),
-    "addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2), "addbmm": (1, 2),
-}  # fmt: skip
-_GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 # Positions of the projections of an attention, and of what goes into each; () for what is computed inside.
 _ATTENTIONS: dict[str, dict[int, tuple[int, ...]]] = {
     "multi_head_attention_forward": {5: (0, 1, 2), 11: ()},
     "_native_multi_head_attention": {5: (0, 1, 2), 7: ()},
 }
-_KEYWORDS = {
-    "linear": ("input", "weight"), "matmul": ("input", "other"), "mm": ("input", "mat2"), "bmm": ("input", "mat2"),
-    "mv": ("input", "vec"), "addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2"),
-    "grouped_mm": ("mat_a", "mat_b"), "_grouped_mm": ("self", "mat2"), "grouped_mm_fallback": ("input", "weight"),
-}  # fmt: skip
 
 
 def contractions_of(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[Contraction]:
@@ -62,46 +52,37 @@ def contractions_of(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[Contra
         return _einsum(node, behind)
     if name in _ATTENTIONS:
         return _attention(node, behind)
-    if name != "linear" and name not in _PRODUCTS and name not in _GROUPED:
+    form = PRODUCTS.get(name)
+    if form is None:
         return []
-    first, second = _PRODUCTS.get(name, (0, 1))
-    left, right = _operand(node, name, first), _operand(node, name, second)
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or (left in behind and right in behind):
+    a, b = form.argument(node, form.a), form.argument(node, form.b)
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or (a in behind and b in behind):
         return []
-    if name == "linear":
-        return [Contraction(node, right, -1, left, -1)] if right in behind else []
-    if name in _GROUPED:
-        return [_grouped(node, left, right)] if right in behind else []
-    if right in behind:
-        return [_product(node, right, left, is_right=True)]
-    return [_product(node, left, right, is_right=False)] if left in behind else []
+    if b in behind and "b" in form.weight_in:
+        return [_grouped(node, form, a, b) if form.offsets is not None else _product(node, form, b, a, is_b=True)]
+    return [_product(node, form, a, b, is_b=False)] if a in behind and "a" in form.weight_in else []
 
 
-def _operand(node: fx.Node, name: str, position: int) -> Any:
-    if position < len(node.args):
-        return node.args[position]
-    names = _KEYWORDS.get(name, ())
-    return node.kwargs.get(names[position]) if position < len(names) else None
-
-
-def _product(node: fx.Node, weight: fx.Node, given: fx.Node, is_right: bool) -> Contraction:
-    """x @ W (is_right) or W @ x: axes before the last two run together, aligned at the right."""
+def _product(node: fx.Node, form: ProductForm, weight: fx.Node, given: fx.Node, is_b: bool) -> Contraction:
+    """A product with a weight in the place of b or a: axes before the last two run together, aligned at the right."""
+    if form.k_of_b == -1:
+        return Contraction(node, weight, -1, given, -1)
     weight_shape, shape = shape_of(weight), shape_of(given)
     if weight_shape is None or shape is None:
-        return Contraction(node, weight, -2 if is_right else -1, reason="its shape is not known")
-    axis = -2 if is_right and len(weight_shape) > 1 else -1
-    input_axis = -1 if is_right or len(shape) == 1 else -2
+        return Contraction(node, weight, form.k_of_b if is_b else -1, reason="its shape is not known")
+    axis = form.k_of_b if is_b and len(weight_shape) > 1 else -1
+    input_axis = -1 if is_b or len(shape) == 1 else form.k_of_b
     shared = range(3, min(len(weight_shape), len(shape)) + 1)
     pairs = tuple((-k, -k) for k in shared if not (isinstance(shape[-k], int) and shape[-k] == 1))
     return Contraction(node, weight, axis, given, input_axis, pairs)
 
 
-def _grouped(node: fx.Node, given: fx.Node, weight: fx.Node) -> Contraction:
-    offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+def _grouped(node: fx.Node, form: ProductForm, given: fx.Node, weight: fx.Node) -> Contraction:
+    offsets = form.argument(node, form.offsets)
     shape, weight_shape = shape_of(given), shape_of(weight)
     if not isinstance(offsets, fx.Node) or len(shape or ()) != 2 or len(weight_shape or ()) != 3:
-        return Contraction(node, weight, -2, reason="a grouped product of another form than rows by experts")
-    return Contraction(node, weight, -2, given, -1, (), offsets)
+        return Contraction(node, weight, form.k_of_b, reason="a grouped product of another form than rows by experts")
+    return Contraction(node, weight, form.k_of_b, given, -1, (), offsets)
 
 
 def _attention(node: fx.Node, behind: Mapping[fx.Node, Any]) -> list[Contraction]:

@@ -1,14 +1,22 @@
 """Errors a user can act on: each says what was asked, what was found and what would work."""
 
+import re
+
 __all__ = ["CheckpointError", "ExportError", "PtqcError", "SpecError", "UnknownNameError", "WeightError", "first_line"]
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 1000
 """Letters of a message: names and values that a file announces may be of any length, and of any letters."""
 
 
 class PtqcError(Exception):
-    """Base of every error that ptqc raises on purpose. The command prints its text and exits with 2."""
+    """Base of every error that ptqc raises on purpose. The command prints its text and exits with 2.
+
+    option: the component and the option of it that is at fault, for those who know where it was written.
+    """
+
+    option: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in super().__str__())
@@ -37,5 +45,6 @@ class ExportError(PtqcError):
 
 
 def first_line(error: BaseException) -> str:
-    """What to quote of an error that somebody else's code raised: the first line of its text, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What to quote of an error that somebody else's code raised: the first line of its text without colours, or its
+    kind."""
+    return next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), type(error).__name__)

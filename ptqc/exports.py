@@ -18,6 +18,7 @@ from ptqc.folders.exporting import export_folder
 from ptqc.folders.folder import open_folder
 from ptqc.folders.origins import of_folder, of_model
 from ptqc.folders.rows import open_unread
+from ptqc.option_types import wrong_option
 
 __all__ = ["export", "formats", "is_folder"]
 
@@ -93,6 +94,9 @@ def export(
         raise ExportError(
             f'format "{format}" has no option {unknown[0]!r}; its options: {", ".join([*known, *_FOLDER_OPTIONS])}'
         )
+    wrong = wrong_option(DIALECTS.get(name), options) or wrong_option(export_folder, options)
+    if wrong is not None:
+        raise ExportError(f'format "{format}": {wrong[1]}')
     if isinstance(model, nn.Module):
         origin = of_model(getattr(model, "_orig_mod", model))  # torch.compile wraps the module
     else:

@@ -6,8 +6,9 @@ for whoever asks (`QuantTensor.parts`). Several weights may lie in one prepared 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -42,6 +43,10 @@ class Layout(Protocol):
         """What `piece` would hold of the rows from `first` on, as views; None if that is no view."""
         ...
 
+    def stacked(self, count: int) -> "Layout | None":
+        """The layout of `count` such weights one below the other, of which `cut` gives each; None if there is none."""
+        ...
+
 
 @dataclass(frozen=True)
 class OneWay:
@@ -58,6 +63,10 @@ class OneWay:
         """A weight that is the same."""
         return list(prepared) if piece == self and first == 0 else None
 
+    def stacked(self, count: int) -> Layout | None:
+        """None: what it makes of several weights is not known to have those of each in it."""
+        return None
+
 
 AS_STORED = OneWay(list)
 """What reads the stored parts themselves."""
@@ -65,12 +74,12 @@ AS_STORED = OneWay(list)
 
 @dataclass(frozen=True)
 class Order:
-    """Where a weight lies: rows [first, first + shape[0]) of what `layout` prepared. names: of the parts given up."""
+    """Where a weight [..., out, in] lies: from row `first` on of what `layout` prepared. names: of parts given up."""
 
     layout: Layout
     first: int
     spec: WeightSpec
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     names: tuple[str, ...]
 
     @cached_property
@@ -82,7 +91,14 @@ class Order:
 
     def restore(self, name: str, prepared: Sequence[Tensor]) -> Tensor:
         """A part that was given up."""
-        return self.layout.restore(name, prepared, self.first, self.shape[0])
+        part = self.layout.restore(name, prepared, self.first, math.prod(self.shape[:-1]))
+        return part.view(self.part_layout[name][0])
+
+    def of_rows(self, first: int, rows: int | None) -> "Order":
+        """Where `rows` of its rows (or experts) from `first` on lie; None: all of them that follow."""
+        count = self.shape[0] - first if rows is None else rows
+        each = math.prod(self.shape[1:-1])
+        return replace(self, first=self.first + first * each, shape=(count, *self.shape[1:]))
 
     @property
     def part_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

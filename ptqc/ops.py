@@ -5,7 +5,8 @@ one for tracing, and a derivative towards the activation.
     ptqc::bmm(x, parts, spec)                 x [E, T, in] and W [E, out, in]    -> x @ W.mT
     ptqc::embedding(ids, parts, spec, shape, dtype)   rows of W [rows, width]
     ptqc::dequantize(parts, spec, shape, dtype)       W itself, shape [..., out, in]
-    ptqc::restore(prepared, order, part)              a part that only a kernel's order of it holds (ptqc.held)
+    ptqc::restore(prepared, order, part, first, rows)   a part that only a kernel's order of it holds (ptqc.held), or
+                                                        some of its rows
 
 and what stands around it (`ptqc.surroundings`):
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqc import activations, storage
+from ptqc import activations, storage, stored_rows
 from ptqc import hadamard as rotations
 from ptqc.act_spec import ActSpec
 from ptqc.held import order_called
@@ -38,7 +39,7 @@ for _schema in (
     "bmm(Tensor x, Tensor[] parts, str spec) -> Tensor",
     "embedding(Tensor ids, Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
     "dequantize(Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor",
-    "restore(Tensor[] prepared, str order, str part) -> Tensor",
+    "restore(Tensor[] prepared, str order, str part, int first=0, int? rows=None) -> Tensor",
     "hadamard(Tensor x, str name) -> Tensor",
     "hadamard_back(Tensor x, str name) -> Tensor",
     "fake_quantize(Tensor x, str act, Tensor? scale) -> Tensor",
@@ -79,15 +80,15 @@ def _bmm(x: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
 
 def _embedding(ids: Tensor, parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     stored_as = WeightSpec.parse(spec)
-    taken = storage.take(_named(parts, stored_as), stored_as, shape, 0, ids.flatten())
+    taken = stored_rows.take(_named(parts, stored_as), stored_as, shape, 0, ids.flatten())
     if taken is None:
         return _dequantize(parts, spec, shape, dtype)[ids]
     rows = storage.decode(*taken, (ids.numel(), shape[1]), dtype)
     return rows.view(*ids.shape, shape[1])
 
 
-def _restore(prepared: Sequence[Tensor], order: str, part: str) -> Tensor:
-    return order_called(order).restore(part, prepared)
+def _restore(prepared: Sequence[Tensor], order: str, part: str, first: int = 0, rows: int | None = None) -> Tensor:
+    return order_called(order).of_rows(first, rows).restore(part, prepared)
 
 
 def _hadamard(x: Tensor, name: str) -> Tensor:
@@ -129,8 +130,10 @@ def _dequantize_fake(parts: Sequence[Tensor], spec: str, shape: Sequence[int], d
     return parts[0].new_empty(tuple(shape), dtype=dtype)
 
 
-def _restore_fake(prepared: Sequence[Tensor], order: str, part: str) -> Tensor:
-    shape, dtype = order_called(order).part_layout[part]
+def _restore_fake(
+    prepared: Sequence[Tensor], order: str, part: str, first: int = 0, rows: int | None = None
+) -> Tensor:
+    shape, dtype = order_called(order).of_rows(first, rows).part_layout[part]
     return prepared[0].new_empty(shape, dtype=dtype)
 
 

@@ -172,11 +172,28 @@ def _checked(values: object, number: int) -> Row:
 
 
 def _rule(row: Row) -> Rule:
-    values = dict(row.values)
+    made = _tried(row.values)
+    if isinstance(made, Rule):
+        return made
+    where = row.where(_culprit(row)) if made.option is None else row.where_option(*made.option)
+    raise type(made)(f"{where}: {made}") from None
+
+
+def _culprit(row: Row) -> str | None:
+    """The key of a row without which there would be no error; the method, without which little can be, last."""
+    for key in sorted(row.values, key=lambda key: key == "method"):
+        if isinstance(_tried({name: value for name, value in row.values.items() if name != key}), Rule):
+            return key
+    return None
+
+
+def _tried(values: Mapping[str, Any]) -> Rule | PtqcError:
+    """The rule of a row, or the error that it raises."""
+    given = {"pattern": "*", "method": None} | dict(values)
     try:
-        return make_rule(values.pop("pattern"), values.pop("method", None), **values)
+        return make_rule(given.pop("pattern"), given.pop("method"), **given)
     except PtqcError as error:
-        raise type(error)(f"{row.where()}: {error}") from None
+        return error
 
 
 def recipe_rows(recipe: Recipe) -> list[dict[str, Any]]:

@@ -33,12 +33,23 @@ KEYS: dict[str, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One rule as it is written. source: the file, or which rule it is. lines: the line of every key, if in a file."""
+    """One rule as it is written.
+
+    source: the file, or which rule it is. lines: the line of every key, if in a file; option_lines: of every option, by
+    the name of its component ("" where options stand alone) and its own.
+    """
 
     values: Mapping[str, Any]
     source: str
     lines: Mapping[str, int] = field(default_factory=dict)
+    option_lines: Mapping[tuple[str, str], int] = field(default_factory=dict)
     line: int | None = None
+
+    def where_option(self, component: str, option: str) -> str:
+        """Where an option of a component stands."""
+        known = [self.option_lines.get((component, option)), self.option_lines.get(("", option)), self.line]
+        line = next((line for line in known if line is not None), None)
+        return self.source if line is None else f"{self.source} line {line}"
 
     def where(self, key: str | None = None) -> str:
         """Where the rule, or one key of it, stands."""
@@ -83,7 +94,23 @@ def _row(node: Any, value: Any, path: Path) -> Row:
     line = node.start_mark.line + 1
     if not isinstance(value, Mapping):
         raise PtqcError(f"{path} line {line}: a rule must be a mapping with the keys {', '.join(KEYS)}; got {value!r}")
-    return Row(value, str(path), {str(key.value): key.start_mark.line + 1 for key, _ in node.value}, line)
+    return Row(value, str(path), _lines(node), _option_lines(node), line)
+
+
+def _lines(node: yaml.MappingNode) -> dict[str, int]:
+    return {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+
+
+def _option_lines(node: yaml.MappingNode) -> dict[tuple[str, str], int]:
+    """The lines of options, wherever in a rule they are written."""
+    lines: dict[tuple[str, str], int] = {}
+    for key, below in node.value:
+        entries = below.value if isinstance(below, yaml.SequenceNode) else [below]
+        for entry in (entry for entry in entries if isinstance(entry, yaml.MappingNode)):
+            names = [str(text.value) for name, text in entry.value if name.value == "name"]
+            component = "" if key.value == "options" else next(iter(names), "")
+            lines |= {(component, option): line for option, line in _lines(entry).items()}
+    return lines
 
 
 def _check_row(row: Row) -> None:

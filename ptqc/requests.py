@@ -21,7 +21,11 @@ from ptqc.held import Layout
 from ptqc.registry import Registry
 from ptqc.spec import WeightSpec
 
-__all__ = ["TARGETS", "Emitter", "Kernel", "KernelRequest", "KernelSource"]
+__all__ = ["TARGETS", "Emitter", "ExpertCall", "Kernel", "KernelRequest", "KernelSource"]
+
+ExpertCall = Callable[..., Tensor]
+"""(x [rows, in], parts of a stack of experts, at, experts, is_sorted, width) -> [rows, width]; see
+`ptqc.codegen.experts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +101,17 @@ class KernelSource:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A loaded kernel: the graph calls `call(*arguments(x, parts, operands))`, parts being those of `layout`."""
+    """A loaded kernel: the graph calls `call(*arguments(x, parts, operands))`, parts being those of `layout`.
+
+    experts: the same for rows that go to experts, parts being those of `layout.stacked`; None if there is no such call.
+    """
 
     target: str
     call: Callable[..., Tensor]
     layout: Layout
     arguments: Callable[[Any, Sequence[Any], Sequence[Any]], tuple[Any, ...]]
     refusals: tuple[tuple[str, str], ...] = ()
+    experts: ExpertCall | None = None
 
     def __call__(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor] = ()) -> Tensor:
         """The product for x [..., in] and the stored parts, prepared on the spot: for tests and trials."""

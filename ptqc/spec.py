@@ -55,6 +55,11 @@ class ScaleSpec:
     dynamic: bool = False
 
     @property
+    def is_nested(self) -> bool:
+        """Whether scales are codes under scales of their own."""
+        return self.bits is not None and self.block is not None
+
+    @property
     def bits_per_scale(self) -> float:
         """Bits of one scale, its share of the outer scale included."""
         width = SCALE_DTYPES[self.dtype].itemsize * 8
@@ -259,7 +264,7 @@ class WeightSpec:
             if zero != "none":
                 raise SpecError("ternary weights are symmetric: levels -1, 0 and 1")
             return WeightSpec(bits=2, codebook="ternary", group=group, packing="base3")
-        if bits != int(bits) or not 1 <= bits <= 8:
+        if not 1 <= bits <= 8 or bits != int(bits):
             raise SpecError(f"no integer spec has {bits} bits; use 1.58 (ternary), 1, 2, 3, 4, 5, 6, 7 or 8")
         return WeightSpec(bits=int(bits), group=group, zero=zero)
 

@@ -14,7 +14,9 @@ from torch import Tensor, fx
 
 from ptqc.program import value_of
 
-__all__ = ["Axis", "View", "function_name", "shape_of", "view_of"]
+__all__ = ["Axis", "View", "function_name", "is_matrix_transpose", "shape_of", "view_of"]
+
+_TRANSPOSES = frozenset({"t", "transpose", "swapaxes", "swapdims", "mT", "T"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,20 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     """The shape of a node's example value, None if it has none."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def is_matrix_transpose(node: fx.Node) -> bool:
+    """Whether a node swaps the last two axes of its first argument, and does nothing else to it."""
+    source = value_of(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(source, Tensor) or source.ndim < 2:
+        return False
+    name, axes = function_name(node), node.args[1:]
+    if name == "getattr":
+        return axes == ("mT",) or (axes == ("T",) and source.ndim == 2)
+    if name not in _TRANSPOSES or node.kwargs:
+        return False
+    numbers = sorted(axis % source.ndim for axis in axes if isinstance(axis, int))
+    return numbers == [source.ndim - 2, source.ndim - 1] if axes else source.ndim == 2 or name == "mT"
 
 
 def view_of(node: fx.Node, parameter: fx.Node, memory: dict[fx.Node, View | None] | None = None) -> View | None:

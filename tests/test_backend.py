@@ -85,6 +85,37 @@ def test_both_doors_make_the_same_codes():
         assert torch.equal(weight, dict(twin.named_parameters())[name].data)
 
 
+def test_attention_is_left_to_torch_where_it_is_asked_for(monkeypatch):
+    graphs = []
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    compile_fx = lambda module, inputs, **_: graphs.append(str(module.graph)) or module  # noqa: E731
+    monkeypatch.setattr("ptqc.backend.compile_fx", compile_fx)
+    x = torch.randn(1, 2, 3, 16)
+    with torch.no_grad():
+        for options in ({}, {"torch_attention": True}):
+            torch._dynamo.reset()
+            assert agree(torch.compile(Attention(), backend="ptqc", options=options)(x), Attention()(x))
+    assert ["scaled_dot_product_attention" in graph for graph in graphs] == [False, True]
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_numbers_that_became_inputs_are_told(is_special, monkeypatch, caplog):
+    class Scaled(nn.Module):
+        factor = 0.3
+
+        def forward(self, x):
+            return x * self.factor
+
+    monkeypatch.setattr("ptqc.backend.compile_fx", lambda module, inputs, **_: module)
+    with torch._dynamo.config.patch(specialize_float=is_special), torch.no_grad():
+        torch.compile(Scaled(), backend="ptqc", dynamic=True)(torch.ones(3))
+    assert ("specialize_float" in caplog.text) is not is_special
+
+
 def test_a_quantized_model_is_lowered():
     model = api.quantize(Stack().eval(), "rtn", progress=False)
     x = torch.randn(4, 64)

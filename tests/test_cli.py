@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ptqc.cli import _output, main
 from ptqc.cli._options import read_options
 from ptqc.errors import PtqcError
+from ptqc.folders.artefacts import WorkFolder
 from ptqc.folders.checkpoint import load
 from ptqc.methods import METHODS
 from ptqc.passes.methods.rtn import RoundToNearest
@@ -113,6 +114,8 @@ def test_no_words_ask_for_help(run):
         (["quantize", "m", "--out", "o", "--method", "rtn", "--spec", "int4x"], "'int4x' is no weight spec"),
         (["quantize", "m", "--out", "o", "--method", "rtn", "--option", "x"], "'x' is not of the form name=value"),
         (["quantize", "m", "--out", "o", "--method", "rtn", "--option", "x=1"], "has no option x"),
+        (["quantize", "m", "--out", "o", "--method", "gptq", "--option", "damp=four"], "damp must be a number"),
+        (["quantize", "m", "--out", "o", "--method", "awq", "--option", "rows=1.5"], "rows must be a whole number"),
         (["quantize", "m", "--out", "o", "--method", "rtn"], "m does not exist"),
         (["inspect", "no/such"], "no/such is no folder here"),
         (["generate", "m", "--prompt", "x"], "m does not exist"),
@@ -265,6 +268,26 @@ def test_calibration_data_takes_the_model_into_memory(run_json, tiny, quantized,
     theirs, ours = load(quantized).state_dict(), load(tmp_path / "out").state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_run_that_died_at_its_very_end_is_finished_by_the_same_command(run, tiny, tmp_path, monkeypatch):
+    class Died(BaseException):
+        """Stands for a kill."""
+
+    def die(self):
+        raise Died
+
+    words = ("--method", "rtn", "--calibration", "docs", "--samples", 2, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", die)
+        with pytest.raises(Died):
+            run("quantize", tiny, *words)
+    assert len(list(tmp_path.iterdir())) == 2
+    code, out, err = run("quantize", tiny, *words)
+    assert code == 0 and "14 weights quantized" in out and "is complete already; removed" in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    code, _, err = run("quantize", tiny, *words)
+    assert code == 2 and "exists and is not empty" in err
 
 
 def test_a_method_that_needs_data_says_so(run, tiny, tmp_path, monkeypatch):

@@ -88,6 +88,8 @@ def test_options_go_to_the_one_that_knows_them():
         ("rtn", {"x": 1}, "method 'rtn' has no option x; known: symmetric"),
         (RoundToNearest(), {"symmetric": True}, "already configured"),
         ({"name": "plain", "x": 1}, {}, "transform 'plain' has no option x"),
+        ({"name": "plain", "turns": "1"}, {}, "transform 'plain': turns must be a whole number; got '1'"),
+        ("spin+rtn", {"norm": True}, "transform 'spin': norm must be a number; got True"),
         ({"turns": 1}, {}, '"name"'),
         ("rtn+plain", {}, "rtn chooses the codes and goes last, but plain follows"),
         (["rtn", "hqq"], {}, "rtn chooses the codes and goes last, but hqq follows"),

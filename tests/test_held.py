@@ -287,12 +287,34 @@ def test_exporting_puts_the_codes_of_a_weight_in_order_once(tmp_path, monkeypatc
     compiled(model, torch.arange(8)[None])
     restored = Counter()
 
-    def counting(prepared, order, part):
+    def counting(prepared, order, part, *rows):
         restored[prepared[0].data_ptr(), order, part] += 1
-        return restore(prepared, order, part)
+        return restore(prepared, order, part, *rows)
 
     restore = ops.restore
     monkeypatch.setattr(ops, "restore", counting)
     ptqc.export(model, "gguf", tmp_path / "after.gguf", quant="Q4_0", tokenizer=byte_level())
     assert {count for (*_, part), count in restored.items() if part == "codes"} == {1}
     assert (tmp_path / "after.gguf").read_bytes() == (tmp_path / "before.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("rows", [slice(37, 50), slice(-5, None), slice(0, 16)])
+def test_slices_of_rows_are_restored_alone(rows, monkeypatch):
+    net = model("int4g32z")
+    whole = {name: weight.dequantize() for name, weight in weights(net).items()}
+    compiled(net, x_of())
+    asked, restore = [], ops.restore
+
+    def noted(prepared, order, part, first=0, count=None):
+        asked.append((part, first, count))
+        return restore(prepared, order, part, first, count)
+
+    monkeypatch.setattr(ops, "restore", noted)
+    for name in ("o", "gate", "v"):
+        asked.clear()
+        weight = getattr(net, name).weight
+        piece = weight[rows]
+        wanted = range(*rows.indices(len(weight)))
+        assert asked == [(part, wanted.start, len(wanted)) for part in weight.given_up]
+        assert isinstance(piece, QuantTensor) and torch.equal(piece.dequantize(), whole[f"{name}.weight"][rows])
+    assert "codes" in net.o.weight.given_up

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ptqc import storage
 from ptqc.errors import PtqcError
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.qtensor import QuantTensor
@@ -162,6 +163,7 @@ def test_torch_save_and_load_with_weights_only(models):
     assert torch.equal(loaded["conv1d.weight"], model.conv1d.weight.data)
     assert loaded["conv1d.weight"].is_transposed
     assert isinstance(pickle.loads(pickle.dumps(model.experts.data)), QuantTensor)
+    assert b"cptqc.qtensor\n_rebuild\n" in pickle.dumps(model.experts.data, protocol=2)  # as in files there are
 
 
 def test_gradient_reaches_the_activation(models):
@@ -370,3 +372,21 @@ def test_an_order_on_top_of_an_order():
         logical, WeightSpec.parse("int8"), torch.float32, False, Surroundings(order=True), {"order": outer.int()}
     )
     assert torch.equal(twice.dequantize(), q.dequantize()[:, outer])
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_rows_sorted_by_expert_read_the_experts_that_have_rows(is_transposed, monkeypatch):
+    import transformers.integrations.moe  # noqa: F401 - the operator
+
+    weight = stored((4, 64, 96) if is_transposed else (4, 96, 64), is_transposed=is_transposed)
+    x, offsets = torch.randn(7, 64), torch.tensor([3, 3, 6, 6], dtype=torch.int32)
+    view = weight if is_transposed else weight.transpose(-2, -1)
+    expected = torch.ops.transformers.grouped_mm_fallback(x, view.dequantize(), offsets)
+    shapes = []
+    plain = storage.decode
+    monkeypatch.setattr(storage, "decode", lambda parts, spec, shape, dtype: (
+        shapes.append(tuple(shape)), plain(parts, spec, shape, dtype))[1])  # fmt: skip
+    for product in (torch.ops.transformers.grouped_mm_fallback, torch._grouped_mm):
+        found = product(x, view, offs=offsets)
+        assert close(found[:6], expected[:6]) and (found[6] == 0).all()
+    assert shapes == [(96, 64)] * 4

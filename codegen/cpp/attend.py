@@ -1,21 +1,19 @@
-"""The operator of attention in C++: refusals, memory, strides, threads."""
+"""Attention in C++: refusals, memory, strides, threads."""
 
 import ctypes
-import hashlib
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ptqc.attention import Attend, AttentionRequest
+from ptqc.attention import AttentionKernel, AttentionRequest, empty_result
 from ptqc.codegen.cpp.attention import SIZES, attention_source
 from ptqc.codegen.cpp.isa import Isa, running_isa
 from ptqc.codegen.cpp.toolchain import compile_library, compiler, missing_tools
 
 __all__ = ["attend_in_cpp"]
 
-_LIBRARY = torch.library.Library("ptqc", "FRAGMENT")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 512
 """Keys of a piece, at least."""
@@ -23,8 +21,8 @@ _WORTH_A_THREAD = 1 << 17
 """Products: what takes one thread as long as waking another."""
 
 
-def attend_in_cpp(request: AttentionRequest) -> Attend | str:
-    """The operator, or why there is none."""
+def attend_in_cpp(request: AttentionRequest) -> AttentionKernel | str:
+    """What runs the request, or why nothing does."""
     isa = running_isa()
     if request.device != "cpu" or request.dtype not in _DTYPES or request.mask not in (None, torch.bool, *_DTYPES):
         return "attention in C++ takes float32, bfloat16 and float16 on the CPU"
@@ -34,41 +32,21 @@ def attend_in_cpp(request: AttentionRequest) -> Attend | str:
     assert isinstance(isa, Isa)
     if request.head_features % isa.lanes or request.value_features % isa.lanes:
         return f"attention in C++ takes heads of a multiple of {isa.lanes} features"
-    return _operator(attention_source(request, isa), isa, request.value_features)
-
-
-def _operator(text: str, isa: Isa, value_features: int) -> Attend:
-    """ptqc::attend_<hash of the text>(q, k, v, mask, scale)."""
-    name = f"attend_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if not hasattr(torch.ops.ptqc, name):
-        _LIBRARY.define(f"{name}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
-        _LIBRARY.impl(name, _Launch(text, isa, value_features), "CompositeExplicitAutograd")
-
-        def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-            return _result(q, value_features)
-
-        torch.library.register_fake(f"ptqc::{name}", fake, lib=_LIBRARY)
-    operator: Attend = getattr(torch.ops.ptqc, name).default
-    return operator
-
-
-def _result(q: Tensor, value_features: int) -> Tensor:
-    """[batch, heads, queries, value features], in memory by query, then head: what the next product reads."""
-    batch, heads, queries, _ = q.shape
-    return q.new_empty(batch, queries, heads, value_features).transpose(1, 2)
+    return _Launch(attention_source(request, isa), isa, request.value_features)
 
 
 class _Launch:
     """One call of the compiled kernel."""
 
     def __init__(self, text: str, isa: Isa, value_features: int) -> None:
+        self.text = text
         self._library = compile_library(text, isa.flags)
         self._value_features = value_features
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         batch, heads, queries, features = q.shape
         key_heads, keys = k.shape[1], k.shape[2]
-        result = _result(q, self._value_features)
+        result = empty_result(q, self._value_features)
         if result.numel() == 0:
             return result
         q, k, v = (value if value.stride(-1) == 1 else value.contiguous() for value in (q, k, v))

@@ -96,6 +96,10 @@ class Layout:
         *by_block, factors = (*prepared[:3], prepared[3][first : first + piece.padded])
         return [*(part[blocks] if part.numel() else part for part in by_block), factors]
 
+    def stacked(self, count: int) -> "Layout | None":
+        """Without padding, weights one below the other are column blocks one behind the other."""
+        return None if self.is_gated or self.padded != self.n else replace(self, n=self.n * count)
+
     def _columns(self) -> Tensor:
         """The column of each row of the weight, [n]."""
         column = torch.arange(self.n)
@@ -201,8 +205,9 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _rows_of(blocks: Tensor, columns: Tensor) -> Tensor:
-    """Values [columns, groups, ..] of some columns. blocks: [n / 16, groups, 16, ..]."""
-    return blocks.movedim(2, 1).flatten(0, 1)[columns]
+    """Values [columns, groups, ..] of some columns. blocks: [n / 16, groups, 16, ..], read where columns lie alone."""
+    first, last = int(columns.min()) // COLUMNS, int(columns.max()) // COLUMNS
+    return blocks[first : last + 1].movedim(2, 1).flatten(0, 1)[columns - first * COLUMNS]
 
 
 def _by_columns(values: Tensor) -> Tensor:

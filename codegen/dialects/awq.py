@@ -20,6 +20,7 @@ from ptqc.codegen.dialect import (
     Entries,
     Inventory,
     Tails,
+    conv1d_notes,
     damaged,
     describe_or_refuse,
     nearest_integer,
@@ -28,7 +29,7 @@ from ptqc.codegen.dialect import (
     scale_dtype_name,
     single,
 )
-from ptqc.codegen.words import Affine, Lay, affine_of, groups_of, integer_reason, weight_of
+from ptqc.codegen.words import Groupwise, Lay, groups_of, groupwise_of, integer_reason, weight_of
 from ptqc.errors import CheckpointError
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import ScaleSpec, WeightSpec
@@ -60,7 +61,7 @@ class AWQ:
 
     def refuses(self, weight: QuantTensor) -> str | None:
         """4-bit integers in groups as they come, with float16 scales, of outputs that fill words."""
-        reason = plain_reason(weight, order=weight.spec.group is None)
+        reason = plain_reason(weight, order=weight.spec.group is None, conv1d=True)
         reason = reason or integer_reason(weight, bits=(_BITS,), scales=("f16",))
         out_features = weight.stored_shape[0]
         return reason or (f"{out_features} outputs do not fill words of eight" if out_features % 8 else None)
@@ -71,11 +72,11 @@ class AWQ:
 
     def write(self, weight: QuantTensor) -> Tails:
         """See `ptqc.codegen.dialect.Dialect`."""
-        affine = affine_of(weight)
+        form = groupwise_of(weight)
         return {
-            "qweight": _LAY.pack(affine.codes, _BITS),
-            "qzeros": _LAY.pack(affine.zero, _BITS),
-            "scales": affine.scale.mT.contiguous(),
+            "qweight": _LAY.pack(form.codes, _BITS),
+            "qzeros": _LAY.pack(form.zero, _BITS),
+            "scales": form.scale.mT.contiguous(),
         }
 
     def settled(self, inventory: Inventory) -> "AWQ":
@@ -92,7 +93,7 @@ class AWQ:
 
     def notes(self, inventory: Inventory) -> Sequence[str]:
         """See `ptqc.codegen.dialect.Dialect`."""
-        return ()
+        return conv1d_notes(inventory)
 
     # ---------------------------------------------------------------- reading
 
@@ -114,4 +115,4 @@ class AWQ:
         scale = entries["scales"].read().mT
         codes = _LAY.unpack(entries["qweight"].read(), _BITS, (out_features, in_features))
         zero = _LAY.unpack(entries["qzeros"].read(), _BITS, (out_features, scale.shape[1]))
-        return weight_of(Affine(codes, scale, zero, torch.arange(0)), weight)
+        return weight_of(Groupwise(codes, scale, zero, torch.arange(0)), weight)

@@ -78,9 +78,10 @@ class BitsAndBytes:
         """nf4 and fp4 in blocks, plain or nested; int8 per row whose inputs are int8 with outliers."""
         if _is_int8(weight.spec):
             own = weight.surroundings.act
-            return plain_reason(weight, order=False, acts=(self._act, *([own] if _is_llm_int8(own) else [])))
+            acts = (self._act, *([own] if _is_llm_int8(own) else []))
+            return plain_reason(weight, order=False, acts=acts, conv1d=True)
         spec, block = weight.spec, weight.spec.group or weight.stored_shape[-1]
-        reason = plain_reason(weight, order=False)
+        reason = plain_reason(weight, order=False, conv1d=True)
         if reason is not None or (spec.codebook in _BOOKS and spec.scale in (DOUBLE_QUANT, ScaleSpec(dtype="f32"))
                                   and spec.rows == 1 and block in _BLOCKS):  # fmt: skip
             return reason

@@ -38,7 +38,7 @@ from ptqc.codegen.dialect import (
     scale_dtype_name,
 )
 from ptqc.codegen.schemes import ActTargets, act_form, read_acts, weight_form
-from ptqc.codegen.words import Affine, Lay, affine_of, groups_of, integer_reason, order_of, weight_of
+from ptqc.codegen.words import Groupwise, Lay, groups_of, groupwise_of, integer_reason, order_of, weight_of
 from ptqc.errors import CheckpointError
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import KNOWN_SPECS, ScaleSpec, WeightSpec
@@ -124,7 +124,7 @@ class CompressedTensors:
         """See `ptqc.codegen.dialect.Dialect`."""
         tails = _WRITERS[_format_of(weight)](weight)
         if weight.surroundings.order and weight.spec.group is not None:
-            tails["weight_g_idx"] = affine_of(weight).group_of
+            tails["weight_g_idx"] = groupwise_of(weight).group_of
         if weight.surroundings.act.is_static:
             tails["input_scale"] = weight.extras["act_scale"].reshape(1)
         return tails
@@ -228,7 +228,7 @@ class CompressedTensors:
         if weight.spec.zero == "int":
             zero = _ZEROS.unpack(entries["weight_zero_point"].read(), bits, (out_features, scale.shape[1]))
         group_of = entries["weight_g_idx"].read() if "weight_g_idx" in entries else torch.arange(0)
-        return weight_of(Affine(codes, scale, zero, group_of), weight)
+        return weight_of(Groupwise(codes, scale, zero, group_of), weight)
 
 
 def _format_of(weight: QuantTensor) -> str:
@@ -242,13 +242,13 @@ def _format_of(weight: QuantTensor) -> str:
 
 
 def _packed(weight: QuantTensor) -> Tails:
-    affine, bits = affine_of(weight), weight.spec.bits
+    form, bits = groupwise_of(weight), weight.spec.bits
     tails = {
-        "weight_packed": _CODES.pack(affine.codes, bits),
-        "weight_scale": affine.scale.contiguous(),
-        "weight_shape": torch.tensor(weight.stored_shape, device=affine.codes.device),
+        "weight_packed": _CODES.pack(form.codes, bits),
+        "weight_scale": form.scale.contiguous(),
+        "weight_shape": torch.tensor(weight.stored_shape, device=form.codes.device),
     }
-    return tails | ({"weight_zero_point": _ZEROS.pack(affine.zero, bits)} if weight.spec.zero == "int" else {})
+    return tails | ({"weight_zero_point": _ZEROS.pack(form.zero, bits)} if weight.spec.zero == "int" else {})
 
 
 def _plain(weight: QuantTensor) -> Tails:

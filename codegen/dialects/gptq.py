@@ -22,6 +22,7 @@ from ptqc.codegen.dialect import (
     Entries,
     Inventory,
     Tails,
+    conv1d_notes,
     damaged,
     describe_or_refuse,
     nearest_integer,
@@ -29,7 +30,7 @@ from ptqc.codegen.dialect import (
     plain_reason,
     scale_dtype_name,
 )
-from ptqc.codegen.words import Affine, Lay, affine_of, groups_of, integer_reason, order_of, weight_of
+from ptqc.codegen.words import Groupwise, Lay, groups_of, groupwise_of, integer_reason, order_of, weight_of
 from ptqc.errors import CheckpointError, ExportError
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import ScaleSpec, WeightSpec
@@ -77,7 +78,7 @@ class GPTQ:
 
     def refuses(self, weight: QuantTensor) -> str | None:
         """Integers of 2, 3, 4 or 8 bits with float16 scales, in sizes that fill words."""
-        reason = plain_reason(weight, order=True) or integer_reason(weight, bits=_BITS, scales=("f16",))
+        reason = plain_reason(weight, order=True, conv1d=True) or integer_reason(weight, bits=_BITS, scales=("f16",))
         if reason is not None:
             return reason
         odd = [size for size in weight.stored_shape if size * weight.spec.bits % 32]
@@ -89,12 +90,12 @@ class GPTQ:
 
     def write(self, weight: QuantTensor) -> Tails:
         """See `ptqc.codegen.dialect.Dialect`."""
-        affine, bits = affine_of(weight), weight.spec.bits
+        form, bits = groupwise_of(weight), weight.spec.bits
         return {
-            "qweight": _CODES.pack(affine.codes, bits),
-            "qzeros": _ZEROS.pack(self._stored_zeros(affine.zero, bits), bits),
-            "scales": affine.scale.mT.contiguous(),
-            "g_idx": affine.group_of,
+            "qweight": _CODES.pack(form.codes, bits),
+            "qzeros": _ZEROS.pack(self._stored_zeros(form.zero, bits), bits),
+            "scales": form.scale.mT.contiguous(),
+            "g_idx": form.group_of,
         }
 
     def _stored_zeros(self, zero: Tensor, bits: int) -> Tensor:
@@ -132,7 +133,8 @@ class GPTQ:
     def notes(self, inventory: Inventory) -> Sequence[str]:
         """See `ptqc.codegen.dialect.Dialect`."""
         mixed = len({str(weight.spec) for weight in inventory.weights.values()}) > 1
-        return ("several specs: GPTQModel and vLLM read them (dynamic), transformers does not",) if mixed else ()
+        several = ("several specs: GPTQModel and vLLM read them (dynamic), transformers does not",) if mixed else ()
+        return (*several, *conv1d_notes(inventory))
 
     # ---------------------------------------------------------------- reading
 
@@ -172,7 +174,7 @@ class GPTQ:
         codes = _CODES.unpack(entries["qweight"].read(), bits, shape)
         zero = self._zeros(entries["qzeros"].read(), bits, (shape[0], scale.shape[1]))
         group_of = entries["g_idx"].read() if "g_idx" in entries else torch.arange(0)
-        return weight_of(Affine(codes, scale, zero, group_of), weight)
+        return weight_of(Groupwise(codes, scale, zero, group_of), weight)
 
 
 def _row(weight: QuantTensor) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ptqc.codegen.dialect import (
     plain_reason,
     scale_dtype_name,
 )
-from ptqc.codegen.words import affine_of
+from ptqc.codegen.words import groupwise_of
 from ptqc.packing import pack_linear
 from ptqc.qtensor import QuantTensor
 from ptqc.spec import ScaleSpec, WeightSpec
@@ -101,19 +101,19 @@ class HQQ:
     def write(self, weight: QuantTensor) -> Tails:
         """See `ptqc.codegen.dialect.Dialect`."""
         spec, shape = weight.spec, weight.stored_shape
-        affine = affine_of(weight)
+        form = groupwise_of(weight)
         group, packing = spec.group or shape[1], _PACKINGS[spec.bits]
-        zero = weight.parts["zero"] if spec.zero == "float" else affine.zero
+        zero = weight.parts["zero"] if spec.zero == "float" else form.zero
         numbers = {"nbits": spec.bits, "group_size": group, "axis": 1}
         flags = {
             "view_as_float": 0, "quant_scale": 0, "quant_zero": 0, "offload_meta": 0, "encoded_state_dict": 1,
             "stores_quant_config": 1, "channel_wise": 1, "optimize": 1, "round_zero": int(spec.zero != "float"),
         }  # fmt: skip
         texts = {"packing": packing.name, "unpack_view_dtype": str(packing.dtype), "compute_dtype": str(weight.dtype)}
-        small: Callable[..., Tensor] = lambda value, kind: torch.tensor(value, dtype=kind, device=affine.codes.device)  # noqa: E731
+        small: Callable[..., Tensor] = lambda value, kind: torch.tensor(value, dtype=kind, device=form.codes.device)  # noqa: E731
         return {
-            "W_q": _pack(affine.codes.reshape(-1, group), spec.bits),
-            "scale": affine.scale.reshape(-1, 1).to(weight.dtype),
+            "W_q": _pack(form.codes.reshape(-1, group), spec.bits),
+            "scale": form.scale.reshape(-1, 1).to(weight.dtype),
             "zero": zero.reshape(-1, 1).to(weight.dtype),
             "shape": small(list(shape), torch.int64),
             **{name: small(value, torch.int32) for name, value in numbers.items()},

@@ -19,6 +19,7 @@ from ptqc.errors import ExportError
 
 __all__ = ["ARCHITECTURES", "architecture_of", "interleaved_rows", "metadata"]
 
+
 def head_dim(config: Any) -> int:
     """Width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -96,8 +97,11 @@ _ERNIE = (
     Field(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, UINT, "moe_layer_start_index"),
     Field(Keys.LLM.INTERLEAVE_MOE_LAYER_STEP, UINT, "moe_layer_interval"),
     Field(Keys.LLM.EXPERT_SHARED_COUNT, UINT, "moe_num_shared_experts"),
-    Field(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, UINT,
-          lambda config: config.moe_num_shared_experts * config.moe_intermediate_size),
+    Field(
+        Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH,
+        UINT,
+        lambda config: config.moe_num_shared_experts * config.moe_intermediate_size,
+    ),
 )
 
 

@@ -164,4 +164,3 @@ def _read_dat(path: Path) -> dict[str, Floats]:
         number = length("values")
         found[name] = (np.array(take(f"<{number}f"), np.float32) / np.float32(calls)).astype(np.float32)
     return found
-

@@ -1,8 +1,9 @@
 """From nodes on stored parts (`_onnx_stored`) to nodes that ONNX runtimes execute, in place.
 
-1. Linear, where the weight has the form asked for  -> MatMulNBits, or DequantizeLinear and MatMul
+1. Linear, where an operator has the weight's form   -> MatMulNBits, MatMulBnb4, or DequantizeLinear and MatMul
 2. Linear on a Quantize, int8 with one scale a row   -> MatMulInteger, scaled
-3. any other Linear, and Decode                      -> the weight in floats, and MatMul
+3. any other Linear, and Decode                      -> codes that operators decode (`_onnx_decode`), and MatMul; the
+                                                        weight in floats where those were asked for, or nothing else is
 4. Quantize with any other reader                    -> Round and Clip
 5. Rotate                                            -> one MatMul for each factor of the rotation
 
@@ -14,7 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,12 @@ from torch import Tensor
 
 from ptqc import hadamard, storage
 from ptqc.act_spec import ActSpec
-from ptqc.codegen.export._onnx_forms import Affine, affine, matmul_nbits, standard
+from ptqc.codegen.export._onnx_decode import coded
+from ptqc.codegen.export._onnx_forms import Blockwise, Form, Native, blockwise, native
 from ptqc.codegen.export._onnx_stored import DOMAIN
 from ptqc.spec import WeightSpec
 
-__all__ = ["Folded", "Form", "fold"]
-
-Form = Literal["nbits", "standard", "float"]
+__all__ = ["Folded", "fold"]
 
 _PART = re.compile(r"(?:^|\.)parametrizations\.(\w+)\.original\d+$")
 _LARGEST, _FLOOR = 127.0, 1e-30
@@ -39,11 +39,12 @@ _LARGEST, _FLOOR = 127.0, 1e-30
 
 @dataclass(frozen=True)
 class Folded:
-    """What became of a stored weight. stored_as: type in the file. reason: why it is not in the form asked for."""
+    """What became of a stored weight. stored_as: type in the file. note: what it is instead of an operator's form, and
+    why."""
 
     stored_as: str
     nbytes: int
-    reason: str | None = None
+    note: str | None = None
 
 
 def fold(model: ir.Model, form: Form) -> dict[str, Folded]:
@@ -76,44 +77,38 @@ class _Fold:
         spec = WeightSpec.parse(_text(node, "spec"))
         assert x is not None and parts[0] is not None and parts[0].shape is not None and x.shape is not None
         shape = (int(parts[0].shape[0]), int(x.shape[-1]))  # type: ignore[arg-type]
-        weight = affine(_tensors(parts, spec), spec, shape)
         tape = ir.tape.Tape()
         producer = x.producer()
-        if producer is not None and producer.domain == DOMAIN and _is_integer(weight):
-            assert isinstance(weight, Affine)
+        is_quantized = producer is not None and producer.domain == DOMAIN
+        weight = blockwise(_tensors(parts, spec), spec, shape) if is_quantized else ""
+        if producer is not None and isinstance(weight, Blockwise) and _is_integer(weight):
             made = self._integer(tape, node, producer, weight)
         else:
-            made = self._product(tape, node, x, weight, spec, shape)
+            made = self._product(tape, node, x, spec, shape)
         self._replace(node, tape, made)
 
-    def _product(
-        self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, weight: Affine | str, spec: WeightSpec, shape: Any
-    ) -> ir.Value:
-        reason = weight if isinstance(weight, str) else None
-        if isinstance(weight, Affine) and self.form != "float":
-            stored = matmul_nbits(weight) if self.form == "nbits" else standard(weight)
-            if not isinstance(stored, str):
-                return self._packed(tape, node, x, weight, *stored)
-            reason = stored
-        matrix = self._matrix(node, spec, shape, x.dtype, transposed=True, reason=reason)
+    def _product(self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, spec: WeightSpec, shape: Any) -> ir.Value:
+        _, *parts = node.inputs
+        stored = native(self.form, _tensors(parts, spec), spec, shape, x.dtype == ir.DataType.FLOAT)
+        if isinstance(stored, Native):
+            return self._packed(tape, node, x, stored)
+        matrix = self._once(
+            (self._name(node), f"{x.dtype} transposed"),
+            lambda: self._numbers(tape, node, spec, shape, x.dtype, transposed=True, reason=stored),
+        )
         return tape.op("MatMul", [x, matrix])
 
-    def _packed(
-        self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, weight: Affine, arrays: Sequence[Any], sizes: Any
-    ) -> ir.Value:
+    def _packed(self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value, stored: Native) -> ir.Value:
         name = self._name(node)
-        kind = "MatMulNBits" if self.form == "nbits" else "DequantizeLinear"
-        values = self._once((name, kind), lambda: self._initializers(name, arrays))
-        self.folded[name] = Folded(f"{kind} {weight.bits}", sum(value.const_value.nbytes for value in values if value))
+        values = self._once((name, stored.op), lambda: self._initializers(name, stored.arrays))
+        self.folded[name] = Folded(stored.label, sum(value.const_value.nbytes for value in values if value))
         codes, *rest = values
-        scale, zero = (self._as(tape, value, x.dtype) for value in rest)
-        if self.form == "nbits":
-            made = [x, codes, scale] if zero is None else [x, codes, scale, zero]
-            return tape.op("MatMulNBits", made, sizes, domain="com.microsoft", version=1)
-        matrix = tape.op("DequantizeLinear", [codes, scale] if zero is None else [codes, scale, zero], sizes)
-        return tape.op("MatMul", [x, matrix])
+        inputs = [codes, *(value for value in (self._as(tape, value, x.dtype) for value in rest) if value is not None)]
+        if stored.domain:
+            return tape.op(stored.op, [x, *inputs], stored.attributes, domain=stored.domain, version=1)
+        return tape.op("MatMul", [x, tape.op(stored.op, inputs, stored.attributes)])
 
-    def _integer(self, tape: ir.tape.Tape, node: ir.Node, quantize: ir.Node, weight: Affine) -> ir.Value:
+    def _integer(self, tape: ir.tape.Tape, node: ir.Node, quantize: ir.Node, weight: Blockwise) -> ir.Value:
         name = self._name(node)
         codes, scale = self._once((name, "MatMulInteger"), lambda: self._int8(name, weight))
         self.folded[name] = Folded("MatMulInteger 8", codes.const_value.nbytes + scale.const_value.nbytes)
@@ -123,34 +118,53 @@ class _Fold:
         assert node.outputs[0].dtype is not None
         return made if node.outputs[0].dtype == ir.DataType.FLOAT else _cast(tape, made, node.outputs[0].dtype)
 
-    def _int8(self, name: str, weight: Affine) -> list[ir.Value]:
+    def _int8(self, name: str, weight: Blockwise) -> list[ir.Value]:
         codes = (weight.codes.short() - weight.zero.flatten()[0].short()).to(torch.int8).mT.contiguous()
         made = self._initializers(name, [codes.numpy(), weight.scale.float().flatten().numpy()])
         return [value for value in made if value is not None]
 
-    # ---------------------------------------------------------------- floats
+    # ---------------------------------------------------------------- numbers
 
     def decode(self, node: ir.Node) -> None:
         """Rule 3."""
         shape = node.attributes["shape"].as_ints()
-        spec = WeightSpec.parse(_text(node, "spec"))
-        made = self._matrix(node, spec, shape, node.outputs[0].dtype, transposed=False, reason="it is no linear's")
-        self._replace(node, ir.tape.Tape(), made)
+        spec, dtype, tape = WeightSpec.parse(_text(node, "spec")), node.outputs[0].dtype, ir.tape.Tape()
+        made = self._once(
+            (self._name(node), str(dtype)),
+            lambda: self._numbers(tape, node, spec, shape, dtype, transposed=False, reason="it is no linear's"),
+        )
+        self._replace(node, tape, made)
 
-    def _matrix(
-        self, node: ir.Node, spec: WeightSpec, shape: Sequence[int], dtype: Any, *, transposed: bool, reason: str | None
-    ) -> ir.Value:
+    def _numbers(
+        self, tape: ir.tape.Tape, node: ir.Node, spec: WeightSpec, shape: Sequence[int], dtype: Any, *,
+        transposed: bool, reason: str,
+    ) -> ir.Value:  # fmt: skip
         name = self._name(node)
-        parts = [value for value in node.inputs if value is not None and value.const_value is not None]
+        parts = _tensors([value for value in node.inputs if value is not None and value.const_value is not None], spec)
+        found = coded(parts, spec, shape) if self.form != "float" else None
+        if found is None or isinstance(found, str):
+            return self._floats(name, storage.decode(parts, spec, shape, torch.float32), dtype, transposed, found)
+        held: list[ir.Value] = []
 
-        def make() -> list[ir.Value | None]:
-            numbers = storage.decode(_tensors(parts, spec), spec, shape, torch.float32)
-            return self._initializers(name, [(numbers.mT if transposed else numbers).numpy().astype(dtype.numpy())])
+        def constant(kind: str, value: Any) -> ir.Value:
+            made = self._constant(kind if kind.startswith("ptqc.") else f"{name}.{kind}", value)
+            held.extend([] if kind.startswith("ptqc.") else [made])
+            return made
 
-        (matrix,) = self._once((name, f"float {dtype} {transposed}"), make)
-        stored_as = str(dtype.numpy())
-        self.folded[name] = Folded(stored_as, matrix.const_value.nbytes, None if self.form == "float" else reason)
-        assert isinstance(matrix, ir.Value)
+        made = found.decoded(tape, constant)
+        nbytes = sum(value.const_value.nbytes for value in held if value.const_value is not None)
+        note = f"are codes that other operators of the graph decode: {reason}"
+        self.folded[name] = Folded(f"codes {spec.codebook or spec.bits}", nbytes, note)
+        if transposed:
+            made = tape.op("Transpose", [made], {"perm": [1, 0]})
+        return made if dtype == ir.DataType.FLOAT else _cast(tape, made, dtype)
+
+    def _floats(self, name: str, numbers: Tensor, dtype: Any, transposed: bool, reason: str | None) -> ir.Value:
+        array = (numbers.mT if transposed else numbers).numpy().astype(dtype.numpy())
+        (matrix,) = self._initializers(name, [array])
+        assert matrix is not None and matrix.const_value is not None
+        note = None if reason is None else f"are decoded to floats: {reason}"
+        self.folded[name] = Folded(str(dtype.numpy()), matrix.const_value.nbytes, note)
         return matrix
 
     # ---------------------------------------------------------------- inputs
@@ -279,7 +293,7 @@ def _tensor(value: Any) -> Tensor:
     return raw.detach().cpu() if isinstance(raw, Tensor) else torch.from_numpy(np.array(value.numpy()))
 
 
-def _is_integer(weight: Affine | str) -> bool:
+def _is_integer(weight: Blockwise | str) -> bool:
     if isinstance(weight, str) or weight.bits != 8 or weight.scale.shape[1] != 1 or not weight.is_integer:
         return False
     return bool((weight.zero == 128).all())

@@ -73,4 +73,5 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
         ops.fake_quantize: _quantize,
         ops.hadamard: _rotation(False),
         ops.hadamard_back: _rotation(True),
+        torch.ops.aten.alias.default: lambda x: x,  # a view of a weight has the weight's parts, by their names
     }

@@ -2,8 +2,9 @@
 
 A causal language model becomes a graph from tokens, and the keys and values of the tokens before, to logits (see
 `_onnx_trace`); any other module needs `example_inputs`. Linears with integer weights become `MatMulNBits` of ONNX
-Runtime, or DequantizeLinear and MatMul of the ONNX standard; those with int8 weights and inputs `MatMulInteger`.
-Weights that these cannot hold (codebooks, lattices, blocks of rows) are decoded to floats, and the report says so.
+Runtime, those with 4-bit codebooks of bitsandbytes its `MatMulBnb4`; or both DequantizeLinear and MatMul of the ONNX
+standard, where that has the form; those with int8 weights and inputs `MatMulInteger`. All other weights (lattices, more
+codebooks, blocks of rows, experts, embeddings) are codes that ordinary operators decode, and the report says so.
 """
 
 import copy
@@ -11,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ptqc.codegen.export._onnx_fold import Folded, Form, fold
+from ptqc.codegen.export._onnx_fold import Folded, fold
+from ptqc.codegen.export._onnx_forms import Form
 from ptqc.codegen.export._onnx_stored import decompositions
 from ptqc.codegen.export._onnx_trace import Trace, language_model, plain_module, refuse_unknown_inputs
 from ptqc.codegen.exporters import EXPORTERS, ExportedTensor, Fate, Written
@@ -33,8 +35,8 @@ __all__ = ["ONNX"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMS: tuple[Form, ...] = ("nbits", "standard", "float")
-_OPSET = {"nbits": 20, "standard": 21, "float": 20}
-"""DequantizeLinear knows blocks and 4 bits from 21 on."""
+_OPSET = {"nbits": 21, "standard": 21, "float": 20}
+"""Codes of 4 bits and blocks of DequantizeLinear are there from 21 on."""
 
 
 @EXPORTERS.register("onnx")
@@ -84,7 +86,7 @@ class ONNX:
             with _quiet(), torch.no_grad():
                 program = self._program(trace)
         except Exception as error:  # what torch.export does not understand fails in any way
-            raise ExportError(f"the model does not become an ONNX graph: {first_line(error)}") from error
+            raise ExportError(f"the model does not become an ONNX graph: {_told(error)}") from error
         folded = fold(program.model, self.quant)
         _name_axes(program.model, trace)
         with _quiet():
@@ -109,6 +111,14 @@ class ONNX:
         )
 
 
+def _told(error: BaseException) -> str:
+    """What an error says, and what the one that caused it all says: torch.onnx names the step first."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return first_line(error) if cause is error else f"{first_line(error)} ({type(cause).__name__}: {first_line(cause)})"
+
+
 def _dynamic(axes: Any) -> Any:
     """Every named axis as one of any size, in the same structure."""
     if isinstance(axes, Mapping):
@@ -124,16 +134,16 @@ def _name_axes(model: ir.Model, trace: Trace) -> None:
 
 def _written(tensors: Sequence[ExportedTensor], folded: Mapping[str, Folded], prefix: str) -> Written:
     known = {name.removeprefix(prefix): what for name, what in folded.items()}
-    made, reasons = [], list[str]()
+    made, said = [], list[str]()
     for tensor in tensors:
         what = known.get(tensor.name)
         if what is None:
             made.append(tensor)  # a float, or a stored weight that equals another one and is held once
             continue
         made.append(ExportedTensor(tensor.name, tensor.stored_name, what.stored_as, "lossless", what.nbytes))
-        if what.reason is not None:
-            reasons.append(what.reason)
-    notes = [f"{reasons.count(reason)} weights are decoded to floats: {reason}" for reason in dict.fromkeys(reasons)]
+        if what.note is not None:
+            said.append(what.note)
+    notes = [f"{said.count(note)} weights {note}" for note in dict.fromkeys(said)]
     return Written(tuple(made), tuple(notes))
 
 
@@ -164,7 +174,12 @@ def _typed(tensor: Tensor, dtype: str | None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     wanted = _DTYPES[dtype] if dtype else torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
-    return tensor.with_parts(tensor.parts, dtype=wanted) if isinstance(tensor, QuantTensor) else tensor.to(wanted)
+    if not isinstance(tensor, QuantTensor):
+        return tensor.to(wanted)
+    parts, spec = tensor.parts, tensor.spec
+    if spec.scale.dtype == "e8m0":  # torch.onnx knows no such tensors
+        parts, spec = parts | {"scale": parts["scale"].float()}, replace(spec, scale=replace(spec.scale, dtype="f32"))
+    return tensor.with_parts(parts, spec=spec, dtype=wanted)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from ptqc.codegen.gpu.levels import whole_levels
 from ptqc.codegen.gpu.loop import group_lines, number_lines
 from ptqc.codegen.gpu.parts import logical_parts, pack_scales, padded
 from ptqc.codegen.gpu.ptx import HALVES
-from ptqc.codegen.gpu.weight_only import POINTER_TYPES, SPLIT_LINES, tail_arguments, tail_text
+from ptqc.codegen.gpu.split import summed_by_last
+from ptqc.codegen.gpu.weight_only import POINTER_TYPES, tail_arguments, tail_text
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
 
@@ -214,7 +215,7 @@ def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
         block=form.layout.block,
         loop="\n        ".join([*group_lines(form), *number_lines(form), *_sum_lines(request, form, is_deferred)]),
         after="\n    ".join(_after_lines(request, form)),
-        split=SPLIT_LINES.format(tail=tail_arguments(request)),
+        split=summed_by_last(f"tail({tail_arguments(request)})"),
     )
 
 

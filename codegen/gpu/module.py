@@ -9,9 +9,9 @@ import torch
 from ptqc.codegen.gpu.launch import is_interpreted
 from ptqc.requests import KernelRequest
 
-__all__ = ["WIDEST_ROW", "module_text", "refused_by_all"]
+__all__ = ["ACTIVATION_TYPES", "WIDEST_ROW", "module_text", "no_triton", "refused_by_all"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATION_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST_ROW = 65536
 """Inputs of a row that the kernel before the product holds in registers."""
 
@@ -36,7 +36,7 @@ LAYOUT, run = LINEAR.layout, LINEAR.run
 
 
 @cache
-def _no_triton(device: str) -> str | None:
+def no_triton(device: str) -> str | None:
     """Why Triton cannot serve a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return 'Triton is not installed; pip install "ptqc[triton]"'
@@ -47,12 +47,14 @@ def _no_triton(device: str) -> str | None:
 
 def refused_by_all(request: KernelRequest) -> str | None:
     """Why no Triton target serves a request, or None."""
-    reason = _no_triton(request.device)
+    reason = no_triton(request.device)
     if reason is not None:
         return reason
     if request.needs_grad:
         return "the fused product has no derivative"
-    return None if request.dtype in _DTYPES else f"activations are float16, bfloat16 or float32, not {request.dtype}"
+    if request.dtype not in ACTIVATION_TYPES:
+        return f"activations are float16, bfloat16 or float32, not {request.dtype}"
+    return None
 
 
 def module_text(

@@ -66,6 +66,10 @@ class WordOrder:
             restored[at : at + len(codes)] = spec.packer.pack(codes, spec.bits)
         return restored.view(dtype)
 
+    def stacked(self, count: int) -> Layout | None:
+        """None: pieces are no views."""
+        return None
+
     def cut(self, prepared: Sequence[Tensor], first: int, piece: Layout) -> list[Tensor] | None:
         """The weight itself."""
         return list(prepared) if piece == self and first == 0 else None

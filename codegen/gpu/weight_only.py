@@ -19,13 +19,14 @@ import torch
 from ptqc.codegen.gpu.chains import EPILOGUE_HELPERS, epilogue_lines, operand_names
 from ptqc.codegen.gpu.forms import WeightForm
 from ptqc.codegen.gpu.loop import decode_lines, group_lines, loop_lines
+from ptqc.codegen.gpu.split import summed_by_last
 from ptqc.requests import KernelRequest
 
 __all__ = [
     "POINTER_TYPES",
-    "SPLIT_LINES",
     "finish_text",
     "product_arguments",
+    "product_functions",
     "product_text",
     "tail_arguments",
     "tail_text",
@@ -35,7 +36,7 @@ _TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.floa
 
 POINTER_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
-_PRODUCT = """@triton.jit
+_PRODUCTS = """@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
     if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
@@ -46,10 +47,9 @@ def product(a, b, EMULATED: tl.constexpr):
 def product_added(a, b, total, EMULATED: tl.constexpr):
     if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total{precision})
+    return tl.dot(a, b, total{precision})"""
 
-
-@triton.jit
+_SCALES = """@triton.jit
 def low(words):
     return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
 
@@ -62,21 +62,6 @@ def high(words):
 @triton.jit
 def full(words):
     return words.to(tl.float32, bitcast=True)[:, None]"""
-
-SPLIT_LINES = """if IS_SPLIT:
-        slot = part_ptr + tl.program_id(0) * (SPLIT * BM * BN)
-        slot += tl.arange(0, BM)[None, :] * BN + tl.arange(0, BN)[:, None]
-        tl.store(slot + tl.program_id(1) * (BM * BN), acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(lock_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
-            acc = tl.zeros((BN, BM), tl.float32)
-            for run in range(0, SPLIT):
-                acc += tl.load(slot + run * (BM * BN), cache_modifier=".cg")
-            tl.store(lock_ptr + tl.program_id(0), 0)
-            tail({tail})
-    else:
-        tail({tail})"""
 
 _MATMUL = """@triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
@@ -135,19 +120,24 @@ def product_text(request: KernelRequest, form: WeightForm) -> str:
     """The kernels `matmul` and `unpack`, and what they call."""
     layout = form.layout
     numbers = {"rows": layout.rows, "tall": layout.rows * layout.words, "block": layout.block, "stride": form.stride}
-    precision = ', input_precision="tf32x3"' if form.half is None else ""
     matmul = _MATMUL.format(
         pointers=", ".join(product_arguments(request, form)),
         before="\n    ".join(_lines_before(form)),
         groups="\n        ".join(group_lines(form)),
         loop="\n            ".join(loop_lines(form, request.k)),
         after="\n    ".join(_scale_lines(form)),
-        split=SPLIT_LINES.format(tail=tail_arguments(request)),
+        split=summed_by_last(f"tail({tail_arguments(request)})"),
         **numbers,
     )
     body = [*_lines_before(form), *decode_lines(form), *_unpack_lines(form, _TYPES[request.dtype])]
     unpack = _UNPACK.format(pointers=", ".join(form.pointers), body="\n    ".join(body), **numbers)
-    return "\n\n\n".join([_PRODUCT.format(precision=precision), form.functions, tail_text(request), matmul, unpack])
+    functions = [product_functions(request.dtype), _SCALES, form.functions]
+    return "\n\n\n".join([*functions, tail_text(request), matmul, unpack])
+
+
+def product_functions(dtype: torch.dtype) -> str:
+    """The functions `product` and `product_added` of tiles in `dtype`; float32 keeps its precision on tensor cores."""
+    return _PRODUCTS.format(precision=', input_precision="tf32x3"' if dtype == torch.float32 else "")
 
 
 def finish_text(request: KernelRequest) -> str:

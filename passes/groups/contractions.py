@@ -14,24 +14,12 @@ from torch import Tensor, fx
 from ptqc.passes.groups.labels import UNSCALED, ZERO, Scaled, compact, disagreeing, largest
 from ptqc.passes.groups.moves import operator_name, shape_of
 from ptqc.passes.groups.trace import SCORES, Trace
+from ptqc.product_forms import PRODUCTS
 
 __all__ = ["CONTRACTIONS", "Contraction", "contracted", "contraction"]
 
-# operator -> where its two factors stand among the arguments
-CONTRACTIONS: dict[str, tuple[int, int]] = {
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    "mv": (0, 1),
-    "dot": (0, 1),
-    "linear": (0, 1),
-    "addmm": (1, 2),
-    "baddbmm": (1, 2),
-    "addmv": (1, 2),
-    "_grouped_mm": (0, 1),
-    "grouped_mm": (0, 1),
-    "grouped_mm_fallback": (0, 1),
-}
-_BIAS = {"addmm": 0, "baddbmm": 0, "addmv": 0, "linear": 2}
+CONTRACTIONS = frozenset(name for name, form in PRODUCTS.items() if form.is_aten and not form.sums_batch)
+"""The operators of which it is known how scales meet in them."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +43,14 @@ def contraction(node: fx.Node) -> Contraction | None:
     name = operator_name(node)
     if name not in CONTRACTIONS:
         return None
-    first, second = CONTRACTIONS[name]
-    a, b = node.args[first], node.args[second] if len(node.args) > second else node.kwargs.get("weight")
+    form = PRODUCTS[name]
+    a, b, bias = (form.argument(node, position) for position in (form.a, form.b, form.added))
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    at = _BIAS.get(name)
-    bias = node.args[at] if at is not None and len(node.args) > at else None
-    if "grouped_mm" in name:
-        is_plain = len(shape_of(a)) == 2 and len(shape_of(b)) == 3
-        return Contraction(node, a, b, -1, -2, None, True) if is_plain else None
-    k_of_b = -1 if name in ("linear", "mv", "addmv", "dot") else -2
-    return Contraction(node, a, b, -1, k_of_b, bias)
+    is_grouped = form.offsets is not None
+    if is_grouped and (len(shape_of(a)) != 2 or len(shape_of(b)) != 3):
+        return None
+    return Contraction(node, a, b, -1, form.k_of_b, bias, is_grouped)
 
 
 @dataclass(frozen=True, eq=False)

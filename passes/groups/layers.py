@@ -9,20 +9,12 @@ from torch import fx
 from ptqc.passes.groups.contractions import CONTRACTIONS, contracted, contraction
 from ptqc.passes.groups.labels import UNSCALED, Scaled, along, compact, disagreeing, largest
 from ptqc.passes.groups.moves import operator_name, shape_of
+from ptqc.passes.groups.norms import NORMS
 from ptqc.passes.groups.trace import RESIDUAL, SCORES, Result, Rule, Trace
 from ptqc.program import value_of
 
 __all__ = ["LAYERS"]
 
-_NORMALISES = {
-    "native_layer_norm": "is normalised again (layer norm)",
-    "_fused_rms_norm": "is normalised again (RMS norm)",
-    "native_group_norm": "is normalised again (group norm)",
-    "native_batch_norm": "is normalised again (batch norm)",
-    "_native_batch_norm_legit_no_training": "is normalised again (batch norm)",
-    "cudnn_batch_norm": "is normalised again (batch norm)",
-    "_batch_norm_no_update": "is normalised again (batch norm)",
-}
 _ATTENTIONS = frozenset(
     {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
      "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -139,17 +131,15 @@ def _cancel(trace: Trace, node: fx.Node, columns: Scaled, kernel: Scaled) -> Non
 
 def _norm(trace: Trace, node: fx.Node) -> Result:
     """A norm: its input is normalised again; its weight and bias scale the result."""
-    name = operator_name(node)
-    x = node.args[0]
+    form, x = NORMS[operator_name(node)], node.args[0]
     value = trace.of(x)
     if value is not None:
-        trace.kill(value.labels, node, _NORMALISES[name])
-    at = 2 if name in ("native_layer_norm", "_fused_rms_norm") else 1
-    weight = node.args[at] if len(node.args) > at else None
-    bias = node.args[at + 1] if name != "_fused_rms_norm" and len(node.args) > at + 1 else None
+        trace.kill(value.labels, node, f"is normalised again ({form.kind})")
+    weight, bias = (node.args[at] if len(node.args) > at else None for at in (form.weight, form.weight + 1))
+    bias = bias if form.has_bias else None
     gain = trace.of(weight)
     shape = shape_of(node)
-    if name in ("native_layer_norm", "_fused_rms_norm"):
+    if form.is_last:
         spread = None if gain is None else Scaled(gain.labels.expand(shape), gain.degree)
         return [_plus(trace, node, spread, bias)]
     spread = None if gain is None else Scaled(along(gain.labels, 1, shape), gain.degree)
@@ -179,7 +169,7 @@ def _plus_channels(trace: Trace, node: fx.Node, product: Scaled | None, bias: An
 
 LAYERS: Mapping[str, Rule] = {
     **dict.fromkeys(CONTRACTIONS, _contraction),
-    **dict.fromkeys(_NORMALISES, _norm),
+    **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(_ATTENTIONS, _attention),
     "convolution": _convolution,
 }

@@ -16,20 +16,11 @@ from torch import fx
 from ptqc.passes.groups.contractions import Contraction, contraction
 from ptqc.passes.groups.labels import shrunk
 from ptqc.passes.groups.moves import operator_name, shape_of
+from ptqc.passes.groups.norms import NORMS
 from ptqc.passes.groups.operands import Facts, Key, Operand
 from ptqc.passes.groups.trace import Seed
 
 __all__ = ["Producer", "Use", "producers", "uses"]
-
-_NORM_WEIGHT = {
-    "native_layer_norm": 2,
-    "_fused_rms_norm": 2,
-    "native_group_norm": 1,
-    "native_batch_norm": 1,
-    "_native_batch_norm_legit_no_training": 1,
-    "cudnn_batch_norm": 1,
-    "_batch_norm_no_update": 1,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +87,8 @@ def _started(facts: Facts, node: fx.Node) -> Iterator[tuple[Literal["norm", "lin
         if len(operands) == 2 and len(derived) == 1:
             for axis in _axes(derived[0]):
                 yield "norm", derived[0], axis
-    elif name in _NORM_WEIGHT:
-        weight = node.args[_NORM_WEIGHT[name]] if len(node.args) > _NORM_WEIGHT[name] else None
+    elif name in NORMS:
+        weight = node.args[NORMS[name].weight] if len(node.args) > NORMS[name].weight else None
         if isinstance(weight, fx.Node) and weight in facts.operands:
             yield "norm", facts.operands[weight], -1
     elif name == "convolution":

@@ -3,8 +3,10 @@
 1. scaled_dot_product_attention(q, k, v, mask), no more queries than `MOST_QUERIES`  -> attend(q, k, v, mask, scale)
 2. k or v repeated for the heads that share it: x[:, :, None].expand(...).reshape(...), repeat_interleave(x, n, 1), or
    enable_gqa                                                                        -> x itself
+3. a mask that was expanded, m.expand(...)                                           -> m: layers then share one value
 It does not fire in training, with dropout or a causal flag (which lets one query see one key only), where the number of
-queries is not known, and where no target has a kernel. Rule 2 stops where something in place happens in between.
+queries is not known, and where no target has a kernel. Rule 2 stops where something in place happens in between, rule
+3 where anything writes into the mask.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ptqc.attention import MOST_QUERIES, AttentionRequest
-from ptqc.passes.lower.in_place import is_in_place
+from ptqc.passes.lower.in_place import is_in_place, written
 from ptqc.pipeline import Context, Pass
 from ptqc.program import value_of
 from ptqc.views import function_name, shape_of
@@ -34,13 +36,14 @@ class LowerAttention(Pass):
     def run(self, module: fx.GraphModule, context: Context) -> int:
         """Returns how many attentions were replaced."""
         nodes = [node for node in module.graph.nodes if function_name(node) == "scaled_dot_product_attention"]
-        changed = sum(_replace(module.graph, node, context) for node in nodes)
+        unsafe = written(module.graph)
+        changed = sum(_replace(module.graph, node, context, unsafe) for node in nodes)
         if changed:
             _erase_dead_views(module.graph)
         return changed
 
 
-def _replace(graph: fx.Graph, node: fx.Node, context: Context) -> bool:
+def _replace(graph: fx.Graph, node: fx.Node, context: Context, unsafe: frozenset[fx.Node]) -> bool:
     given: dict[str, Any] = dict(zip(_PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
     q, k, v, mask = (given.get(name) for name in _PARAMETERS[:4])
     if given.get("dropout_p") or given.get("is_causal") or not all(isinstance(part, fx.Node) for part in (q, k, v)):
@@ -51,8 +54,8 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context) -> bool:
         return False
     if torch.is_grad_enabled() and any(value.requires_grad for value in values):
         return False
-    heads, queries, features = values[0].shape[1:]
-    sizes = (heads, queries, features, values[2].shape[-1])
+    sizes = [_known(size) for size in (*values[0].shape[1:], values[2].shape[-1])]
+    heads, queries, features, value_features = sizes
     if not all(isinstance(size, int) for size in sizes) or queries > MOST_QUERIES:
         return False
     scale = given.get("scale")
@@ -62,7 +65,7 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context) -> bool:
         return False
     attend = context.attention(
         AttentionRequest(
-            values[0].dtype, features, values[2].shape[-1], None if masked is None else masked.dtype,
+            values[0].dtype, features, value_features, None if masked is None else masked.dtype,
             values[0].device.type,
         )
     )  # fmt: skip
@@ -73,8 +76,9 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context) -> bool:
         k, v = shared_k, shared_v
     if not isinstance(_heads(k), int) or _heads(k) != _heads(v) or heads % _heads(k):
         return False
+    narrow = _unexpanded(mask, unsafe) if isinstance(mask, fx.Node) else None
     with graph.inserting_before(node):
-        made = graph.call_function(attend, (q, k, v, mask, scale))
+        made = graph.call_function(attend, (q, k, v, narrow, scale))
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
@@ -83,7 +87,13 @@ def _replace(graph: fx.Graph, node: fx.Node, context: Context) -> bool:
 
 def _heads(node: fx.Node) -> Any:
     shape = shape_of(node)
-    return shape[1] if shape is not None else None
+    return _known(shape[1]) if shape is not None else None
+
+
+def _known(size: Any) -> Any:
+    """A size as a number if it is one by now: a symbol may have been found to be one after the value was noted."""
+    found = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return size if found is None else found
 
 
 def _unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node:
@@ -117,6 +127,14 @@ def _repeated(node: fx.Node) -> fx.Node | None:
     if shape is None or after is None or len(shape) != 4 or len(after) != 4:
         return None
     return source if (shape[0], *shape[2:]) == (after[0], *after[2:]) else None
+
+
+def _unexpanded(mask: fx.Node, unsafe: frozenset[fx.Node]) -> fx.Node:
+    """What `mask` spreads along axes of one entry, which kernels do themselves."""
+    source = mask.args[0] if mask.args else None
+    if function_name(mask) != "expand" or not isinstance(source, fx.Node) or {mask, source} & unsafe:
+        return mask
+    return source
 
 
 def _without_new_axis(node: fx.Node) -> fx.Node | None:

@@ -26,12 +26,11 @@ from ptqc.pipeline import Context, Pass, Site
 from ptqc.qtensor import QuantTensor
 from ptqc.requests import KernelRequest
 from ptqc.surroundings import Step, steps_after, steps_before, steps_undoing
-from ptqc.weights import function_name
+from ptqc.views import function_name, is_matrix_transpose
 
 __all__ = ["LowerLinears"]
 
 _PRODUCTS = frozenset({"matmul", "mm", "__matmul__"})
-_TRANSPOSES = frozenset({"t", "transpose", "mT", "T"})
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class _Weight:
         if call is not None and self.stored.ndim == 2 and _is_floating(call.x, self.stored.dtype):
             self._make_site(user, call)
             return True
-        if function_name(user) not in _TRANSPOSES or not _swaps_last(user, self.node):
+        if not is_matrix_transpose(user):
             return False
         lowered = [self._lower_transposed(product, user) for product in list(user.users)]
         if all(lowered):
@@ -256,12 +255,6 @@ def _as_linear(node: fx.Node, weight: fx.Node, is_in_out: bool) -> _Linear | Non
     if operand is not weight or not isinstance(x, fx.Node) or x is weight or bias is weight or _ndim(x) < 2:
         return None
     return _Linear(x, bias)
-
-
-def _swaps_last(view: fx.Node, weight: fx.Node) -> bool:
-    ndim = _ndim(weight)
-    axes = [axis % ndim for axis in view.args[1:] if isinstance(axis, int)]
-    return ndim == 2 if not axes else sorted(axes) == [ndim - 2, ndim - 1]
 
 
 def _ndim(node: Any) -> int:

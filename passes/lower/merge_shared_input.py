@@ -8,8 +8,8 @@ The results are slices of the merged one; views of them that need not be views a
 result goes into a step that the kernel takes in (an activation, a residual) are left alone, since a slice cannot be
 fused.
 It does not fire where the reference serves the product, which would save nothing; where the parts cannot be stored as
-one (`storage.concat_spec`: scales that rows share); where a bias is computed in the graph; where the shared value is
-written in place; upstream of as_strided, which holds the strides of the values that dynamo saw; for more than 8
+one (`stored_rows.concat_spec`: scales that rows share); where a bias is computed in the graph; where the shared value
+is written in place; upstream of as_strided, which holds the strides of the values that dynamo saw; for more than 8
 weights; and in training.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ptqc import storage
+from ptqc import stored_rows
 from ptqc.passes.lower.epilogue_steps import activation_of, extended, following
 from ptqc.passes.lower.site import movable, operands_of, parts_of, product_node, request_of, x_of
 from ptqc.pipeline import Context, Pass, Site
@@ -107,7 +107,7 @@ def _merge(module: fx.GraphModule, context: Context, sites: list[fx.Node], unsaf
     requests = [request_of(site) for site in sites]
     outs = [request.n for request in requests]
     has_bias = any(request.epilogue for request in requests)
-    spec = storage.concat_spec(requests[0].spec, outs, requests[0].k)
+    spec = stored_rows.concat_spec(requests[0].spec, outs, requests[0].k)
     named = requests[0].spec if isinstance(spec, str) else spec
     merged = replace(requests[0], spec=named, n=sum(outs), epilogue=("bias",) if has_bias else ())
     reason = spec if isinstance(spec, str) else _refusal(context, sites, merged, unsafe)

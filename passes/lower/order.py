@@ -9,6 +9,7 @@ from ptqc.passes.lower.fuse_epilogue import FuseEpilogue
 from ptqc.passes.lower.fuse_input_quantization import FuseInputQuantization
 from ptqc.passes.lower.fuse_prologue import FusePrologue
 from ptqc.passes.lower.lower_attention import LowerAttention
+from ptqc.passes.lower.lower_experts import LowerExperts
 from ptqc.passes.lower.lower_linears import LowerLinears
 from ptqc.passes.lower.merge_shared_input import MergeSharedInput
 from ptqc.passes.lower.quantize_weights import QuantizeWeights, Store
@@ -27,6 +28,7 @@ def lowering(
     return Pipeline(
         [
             QuantizeWeights(parameters, names, store),
+            LowerExperts(dict(names)),
             LowerLinears(dict(names)),
             FuseInputQuantization(),
             MergeSharedInput(),

@@ -4,6 +4,7 @@ A prepared weight is found again by layout and weights. What a merged product ho
 as views; where such a graph came first, its tensors become views once the merged weight is there.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from ptqc import storage
+from ptqc import stored_rows
 from ptqc.held import AS_STORED, Held, Layout, Order
 from ptqc.identity import Mark, WeightTable
 from ptqc.qtensor import QuantTensor
@@ -32,13 +33,22 @@ def prepared_parts(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tenso
     found = _known(layout, weights) or _shared(layout, weights)
     if found is None:
         first, *_ = weights
-        parts = storage.concat([weight.parts for weight in weights], first.spec, first.stored_shape[-1])
+        parts = stored_rows.concat([_matrix(weight) for weight in weights], first.spec, first.stored_shape[-1])
         found = layout.prepare(list(parts.values()))
     first, *others = weights
     key = layout, tuple(id(weight.mark) for weight in others)
     references = [TensorWeakRef(tensor) for tensor in found]
     _prepared.setdefault(first, {})[key] = [weight.mark for weight in others], references
     return found
+
+
+def _matrix(weight: QuantTensor) -> dict[str, Tensor]:
+    """The parts of a weight, with the experts of a stack one below the other."""
+    return {name: part.flatten(0, -2) if part.ndim > 2 else part for name, part in weight.parts.items()}
+
+
+def _row_count(weight: QuantTensor) -> int:
+    return math.prod(weight.stored_shape[:-1])
 
 
 def _known(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | None:
@@ -59,7 +69,7 @@ def _shared(layout: Layout, weights: Sequence[QuantTensor]) -> list[Tensor] | No
     if len(weights) == 1:
         return held.order.layout.cut(held.prepared, held.order.first, layout)
     lies = [_place(weight.held) for weight in weights]
-    firsts = accumulate((weight.stored_shape[0] for weight in weights), initial=0)
+    firsts = accumulate(map(_row_count, weights), initial=0)
     wanted = [(layout, first, held.prepared[0].data_ptr()) for first, _ in zip(firsts, weights, strict=False)]
     return list(held.prepared) if lies == wanted else None
 
@@ -74,13 +84,12 @@ def give_up_parts(layout: Layout, weights: Sequence[QuantTensor], prepared: Sequ
     Returns memory that has lost its use, to be kept until nothing can run on it any more.
     """
     unused: list[object] = []
-    firsts = accumulate((weight.stored_shape[0] for weight in weights), initial=0)
+    firsts = accumulate(map(_row_count, weights), initial=0)
     for weight, first in zip(weights, firsts, strict=False):
         if weight.held is None and not weight.stays_stored:
             names = _exact(layout, weight, prepared, first)
             if "codes" in names:
-                shape = (weight.stored_shape[0], weight.stored_shape[1])
-                weight.give_up(Held(Order(layout, first, weight.spec, shape, names), tuple(prepared)))
+                weight.give_up(Held(Order(layout, first, weight.spec, weight.stored_shape, names), tuple(prepared)))
         elif weight.held is not None and weight.held.order.layout != layout:
             unused += _let_share(weight.held, layout, prepared, first)
     return unused
@@ -88,7 +97,7 @@ def give_up_parts(layout: Layout, weights: Sequence[QuantTensor], prepared: Sequ
 
 def _exact(layout: Layout, weight: QuantTensor, prepared: Sequence[Tensor], first: int) -> tuple[str, ...]:
     """The parts that come back as they were: codes by construction, others if they do."""
-    parts, rows = weight.parts, weight.stored_shape[0]
+    parts, rows = _matrix(weight), _row_count(weight)
     return tuple(
         name
         for name in layout.restorable

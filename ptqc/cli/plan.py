@@ -27,7 +27,7 @@ from ptqc.cli.quantize import (
 from ptqc.errors import PtqcError
 
 if TYPE_CHECKING:
-    from ptqc.plan import Plan
+    from ptqc.planned import Plan
 
 __all__ = ["plan"]
 

@@ -178,9 +178,9 @@ def _calibrated(
 ) -> dict[str, Any]:
     from ptqc.calibrate import batches
     from ptqc.folders.calibrated import quantize_folder_calibrated
-    from ptqc.folders.staging import refuse_target
+    from ptqc.folders.finished import refuse_output
 
-    refuse_target(place.out.resolve(), place.overwrite)
+    refuse_output(place.out.resolve(), place.overwrite)
     tokenizer = load_tokenizer(place.model, place.trust_remote_code)
     drawn = batches(data.source, tokenizer, window=data.window, limit=data.samples, seed=data.seed)
     _say_plan(place, rules, include, exclude, data)

@@ -1,20 +1,19 @@
-"""What the engine is asked to do, where float weights come from and results go, and what it says about it."""
+"""What the engine is asked to do, and where float weights come from and results go."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ptqc.groups import ScaleGroup
 from ptqc.qtensor import QuantTensor
 from ptqc.recipe import Rule, fitted_spec
 from ptqc.sites import Site
 from ptqc.spec import WeightSpec
 from ptqc.transforms import Transform
 
-__all__ = ["GroupOutcome", "Job", "Report", "Weights", "jobs_of", "transforms_of"]
+__all__ = ["Job", "Weights", "jobs_of", "transforms_of"]
 
 
 @dataclass(frozen=True)
@@ -67,55 +66,6 @@ class Weights(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class GroupOutcome:
-    """What a transform did to a scale group. error: relative change of the outputs, checked in wide arithmetic."""
-
-    group: ScaleGroup
-    transform: str
-    done: str
-    """"folded", "run-time", "undone" or "left"."""
-    error: float | None = None
-
-
-@dataclass
-class Report:
-    """What a run did, for the user: how the model was captured, groups, and everything that fell short."""
-
-    route: str = ""
-    groups: list[GroupOutcome] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Weights that stayed in float although a rule wanted them, and why."""
-    coverage: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Rows that each expert of a stack has seen, by weight."""
-    _said: dict[str, list[str]] = field(default_factory=dict)
-
-    def note(self, text: str, weight: str | None = None) -> None:
-        """Say something once, about a weight or in general."""
-        names = self._said.setdefault(text, [])
-        if weight is not None and weight not in names:
-            names.append(weight)
-
-    @property
-    def notes(self) -> list[str]:
-        """What fell short, a line each; what holds for several weights in one line that names the first."""
-        return [_line(text, names) for text, names in self._said.items()]
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """How many groups ended in which way."""
-        found: dict[str, int] = {}
-        for outcome in self.groups:
-            found[outcome.done] = found.get(outcome.done, 0) + 1
-        return found
-
-
 def transforms_of(jobs: Sequence[Job]) -> list[Transform]:
     """Every transform of the rules, each once, in the order in which it is first asked for."""
     return list(dict.fromkeys(transform for job in jobs for transform in job.rule.transforms))
-
-
-def _line(text: str, names: Sequence[str]) -> str:
-    if not names:
-        return text
-    return f'"{names[0]}": {text}' if len(names) == 1 else f'{len(names)} weights, first "{names[0]}": {text}'

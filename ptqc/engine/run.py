@@ -18,7 +18,8 @@ from ptqc.calibrate import moved, signature
 from ptqc.capture import CapturedGraph, capture
 from ptqc.engine.grouping import groups_for
 from ptqc.engine.in_memory import InMemory
-from ptqc.engine.jobs import Job, Report, jobs_of
+from ptqc.engine.jobs import Job, jobs_of
+from ptqc.engine.report import Report
 from ptqc.engine.sequential import run_sequential
 from ptqc.engine.work import Stage
 from ptqc.errors import PtqcError, first_line

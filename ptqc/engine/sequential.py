@@ -22,8 +22,9 @@ from torch import Tensor
 from ptqc.calibrate import shard
 from ptqc.engine.activations import Activations
 from ptqc.engine.checks import piece_check
-from ptqc.engine.jobs import Job, Report, Weights
+from ptqc.engine.jobs import Job, Weights
 from ptqc.engine.pieces import Division, Piece, cut, span_of
+from ptqc.engine.report import Report
 from ptqc.engine.work import Check, Stage
 from ptqc.groups import ScaleGroup
 from ptqc.passes.observe.recorder import Recorder
@@ -43,12 +44,15 @@ OnProgress = Callable[[str, float, float], None]
 class Checkpoints(Protocol):
     """Keeps finished pieces, so that a run that died goes on where it was."""
 
-    def restore(self, piece: Piece, names: Sequence[str]) -> bool:
-        """Put a piece that is finished back into the weights. names: of its weights to quantize."""
+    def restore(self, piece: Piece, names: Sequence[str]) -> Mapping[str, Any] | None:
+        """Put a piece that is finished back into the weights. names: of its weights to quantize.
+
+        Returns what was said of it; None if it is not finished.
+        """
         ...
 
-    def keep(self, piece: Piece, names: Sequence[str]) -> None:
-        """A piece is finished."""
+    def keep(self, piece: Piece, names: Sequence[str], said: Mapping[str, Any]) -> None:
+        """A piece is finished. said: of it, in plain values."""
         ...
 
     def leave(self, piece: Piece) -> None:
@@ -57,10 +61,10 @@ class Checkpoints(Protocol):
 
 
 class _NoCheckpoints:
-    def restore(self, piece: Piece, names: Sequence[str]) -> bool:
-        return False
+    def restore(self, piece: Piece, names: Sequence[str]) -> Mapping[str, Any] | None:
+        return None
 
-    def keep(self, piece: Piece, names: Sequence[str]) -> None: ...
+    def keep(self, piece: Piece, names: Sequence[str], said: Mapping[str, Any]) -> None: ...
 
     def leave(self, piece: Piece) -> None: ...
 
@@ -202,10 +206,13 @@ class _Work:
         names = [job.name for job in jobs]
         if not jobs:
             return
-        if self.checkpoints.restore(piece, names):
+        said = self.checkpoints.restore(piece, names)
+        if said is not None:
             log.info("piece %d was finished before", piece.index + 1)
+            self.report.add(Report.from_json(said, groups))
             return
-        statistics = self._observe(piece, jobs, store)
+        own = Report()
+        statistics = self._observe(piece, jobs, store, own)
         check = self._check(piece, store) if groups else None
         done = 0
 
@@ -217,10 +224,13 @@ class _Work:
         def known(name: str) -> Mapping[str, Tensor]:
             return statistics.get(name, {})
 
-        Stage(jobs, groups, self.weights, known, self.report, check, on_weight).run()
-        self.checkpoints.keep(piece, names)
+        Stage(jobs, groups, self.weights, known, own, check, on_weight).run()
+        self.checkpoints.keep(piece, names, own.to_json(groups))
+        self.report.add(own)
 
-    def _observe(self, piece: Piece, jobs: Sequence[Job], store: Activations) -> dict[str, Mapping[str, Tensor]]:
+    def _observe(
+        self, piece: Piece, jobs: Sequence[Job], store: Activations, report: Report
+    ) -> dict[str, Mapping[str, Tensor]]:
         """Statistics of the input of every weight that wants some, by name."""
         read = set(piece.parameters)
         wanted = {job.name: job.needs for job in jobs if job.needs and job.name in read}
@@ -234,17 +244,8 @@ class _Work:
             module(*piece.arguments(store.values(place), floats, batch))
             self.progress.at(piece, 0.3 * (place + 1) / len(self.batches), "observing")
         recorder.all_reduce()
-        found = self._gathered(recorder, {name: floats[name] for name in wanted})
+        found = _gathered(recorder, {name: floats[name] for name in wanted}, report)
         recorder.close()
-        return found
-
-    def _gathered(self, recorder: Recorder, floats: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-        found: dict[str, Mapping[str, Tensor]] = {}
-        for name, value in floats.items():
-            reason = recorder.reason(value)
-            if reason is not None:
-                self.report.note(f"not observed: {reason}", name)
-            found[name] = recorder.statistics(value)
         return found
 
     def _check(self, piece: Piece, store: Activations) -> Check:
@@ -258,6 +259,16 @@ class _Work:
         for place, (_, batch) in enumerate(self.batches):
             store.update(place, piece.run(store.values(place), now, batch), keep)
             self.progress.at(piece, 0.9 + 0.1 * place / len(self.batches), "running")
+
+
+def _gathered(recorder: Recorder, floats: Mapping[str, Tensor], report: Report) -> dict[str, Mapping[str, Tensor]]:
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for name, value in floats.items():
+        reason = recorder.reason(value)
+        if reason is not None:
+            report.note(f"not observed: {reason}", name)
+        found[name] = recorder.statistics(value)
+    return found
 
 
 def observing(piece: Piece, recorder: Recorder, names: Iterable[str]) -> Callable[..., Any]:

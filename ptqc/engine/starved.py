@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ptqc.engine.jobs import Job, Report
+from ptqc.engine.jobs import Job
+from ptqc.engine.report import Report
 
 __all__ = ["FEWEST_ROWS", "informed"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ptqc.act_spec import ActSpec
 from ptqc.activations import static_scale
-from ptqc.engine.jobs import GroupOutcome, Job, Report, Weights, transforms_of
+from ptqc.engine.jobs import Job, Weights, transforms_of
+from ptqc.engine.report import GroupOutcome, Report
 from ptqc.engine.starved import informed
 from ptqc.errors import PtqcError, SpecError
 from ptqc.groups import ScaledParameter, ScaleGroup, rescaled, spread

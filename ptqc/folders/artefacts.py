@@ -5,6 +5,7 @@ safetensors file: its quantized weights as their parts, its changed float parame
 
     key      hash of everything the piece was made from: the request, the graph, and the piece before it
     digest   hash of its tensors
+    said     what the engine's report says of the piece, so that the one of a resumed run lacks nothing
 
 Files are written under another name and renamed. One that is broken, or has another key, is as if it were not there.
 """
@@ -19,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ __all__ = ["Artefact", "WorkFolder", "work_folder_of"]
 
 log = logging.getLogger("ptqc")
 
+_RECORD = "finished.json"
+
 
 def work_folder_of(target: Path) -> Path:
     """Where finished pieces of a run that writes `target` are kept."""
@@ -43,10 +47,11 @@ def work_folder_of(target: Path) -> Path:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A finished piece. digest: of its tensors."""
+    """A finished piece. digest: of its tensors. said: of it, in plain values."""
 
     file: SafeFile
     digest: str
+    said: Mapping[str, Any]
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
@@ -97,8 +102,26 @@ class WorkFolder:
             os.close(self._lock)
             self._lock = None
 
+    def record(self, fields: Mapping[str, Any]) -> None:
+        """Note that the output is complete, in plain values that `recorded` gives back."""
+        temporary = self.path / f"{_RECORD}.tmp"
+        temporary.write_text(json.dumps(fields), encoding="utf-8")
+        os.replace(temporary, self.path / _RECORD)
+
+    @staticmethod
+    def recorded(path: Path) -> dict[str, Any] | None:
+        """What `record` has noted in the folder `path`; None if there is nothing, or nothing that can be read."""
+        try:
+            fields = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return fields if isinstance(fields, dict) else None
+
     def remove(self) -> None:
-        """Remove the folder with everything in it."""
+        """Remove the folder with everything in it, the record last: whoever finds it finds a complete output."""
+        for left in self.path.iterdir():
+            if left.name != _RECORD:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def key(self, index: int, before: str, parts: Iterable[str]) -> str:
@@ -112,7 +135,7 @@ class WorkFolder:
             return None
         try:
             file = read_safefile(path)
-            artefact = Artefact(file, file.metadata.get("digest", ""))
+            artefact = Artefact(file, file.metadata["digest"], json.loads(file.metadata["said"]))
             is_same = file.metadata.get("key") == key
             if is_same and _digest_of_file(file) == artefact.digest:
                 artefact.manifest.check({name: (e.shape, e.dtype) for name, e in file.entries.items()}, str(path))
@@ -122,8 +145,8 @@ class WorkFolder:
             log.info("%s cannot be used (%s); the piece is made again", path, error)
         return None
 
-    def write(self, index: int, key: str, state: Mapping[str, Tensor]) -> Artefact:
-        """Keep a finished piece: quantized weights and float parameters by name.
+    def write(self, index: int, key: str, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Artefact:
+        """Keep a finished piece: quantized weights and float parameters by name, and what was said of it.
 
         Raises: CheckpointError if the disk is full, or cannot be written; finished pieces are kept.
         """
@@ -133,7 +156,8 @@ class WorkFolder:
         temporary = path.with_suffix(".tmp")
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         try:
-            with TensorWriter(temporary, layout, metadata | {"key": key, "digest": digest}) as writer:
+            header = metadata | {"key": key, "digest": digest, "said": json.dumps(said)}
+            with TensorWriter(temporary, layout, header) as writer:
                 for name, tensor in tensors.items():
                     writer.append(name, tensor)
             os.replace(temporary, path)
@@ -142,7 +166,7 @@ class WorkFolder:
                 temporary.unlink(missing_ok=True)
             text = str(unwritable(self.path, error))
             raise CheckpointError(f"{text}; what is finished is kept there, run the same again to go on") from None
-        return Artefact(read_safefile(path), digest)
+        return Artefact(read_safefile(path), digest, said)
 
     def _path(self, index: int) -> Path:
         return self.path / f"piece-{index:05d}.safetensors"

@@ -3,9 +3,11 @@
 1. the model is built without weights and captured on the first batch as one graph, without running it;
 2. the graph is cut into pieces (`ptqc.engine.pieces`); weights of one piece at a time are read and quantized with
    statistics of its inputs behind the quantized pieces before it (`ptqc.engine.sequential`);
-3. each finished piece is kept in a work folder beside the output. A run that was killed, started again with the same
-   arguments, takes the finished pieces from there and writes the bytes that it would have written undisturbed;
-4. at the end the output is written from the pieces and the tensors that nothing changed.
+3. each finished piece is kept in a work folder beside the output, with what there is to report of it. A run that was
+   killed, started again with the same arguments, takes the finished pieces from there, and writes and reports what it
+   would have written and reported undisturbed;
+4. at the end the output is written from the pieces and the tensors that nothing changed, and the work folder goes. If
+   only that was left to do (`ptqc.folders.finished`), nothing else is done.
 
 Where tensors of the folder are not the parameters of the model one by one, where the model is not one graph, or where
 batches differ in shape, the model is loaded whole instead, and the log says so. Such a run starts over when killed.
@@ -30,14 +32,15 @@ from ptqc.calibrate import fingerprint, signature
 from ptqc.capture import CapturedGraph, capture
 from ptqc.engine.activations import Activations
 from ptqc.engine.grouping import groups_for
-from ptqc.engine.jobs import Report, jobs_of
-from ptqc.engine.run import quantize_calibrated
+from ptqc.engine.jobs import jobs_of
+from ptqc.engine.report import Report
 from ptqc.engine.sequential import Plan, plan_pieces, run_sequential
 from ptqc.errors import PtqcError, first_line
 from ptqc.folders.architecture import build_empty, build_unfilled, planned_dtype
 from ptqc.folders.artefacts import Artefact, WorkFolder, work_folder_of
-from ptqc.folders.checkpoint import load, save, write_folder
+from ptqc.folders.checkpoint import write_folder
 from ptqc.folders.conversion import (
+    SHARE_OF_CODES,
     OnProgress,
     Request,
     StreamReport,
@@ -46,23 +49,22 @@ from ptqc.folders.conversion import (
     refuse_source,
     write_config,
 )
+from ptqc.folders.finished import finished_report, record_output
 from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
-from ptqc.folders.manifest import Manifest, StoredWeight, manifest_of
+from ptqc.folders.manifest import Manifest, StoredWeight
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.shards import Append, Block
 from ptqc.folders.shelf import Shelf
 from ptqc.folders.sources import Sources, direct_sources
 from ptqc.folders.staging import refuse_target, staged, unwritable
+from ptqc.folders.whole import quantize_whole
 from ptqc.program import Program, program
-from ptqc.recipe import Recipe, Rule, recipe_rows, remember
+from ptqc.recipe import Recipe, Rule, recipe_rows
 from ptqc.sites import Site, Skipped, find_sites, select_sites
 
 __all__ = ["quantize_folder_calibrated"]
 
 log = logging.getLogger("ptqc")
-
-_SHARE = 0.95
-"""Of the progress: what quantizing takes; the rest is writing the output."""
 
 
 def quantize_folder_calibrated(
@@ -97,14 +99,19 @@ def quantize_folder_calibrated(
         raise PtqcError("there is no calibration data")
     stored, target = open_folder(source), Path(out).resolve()
     refuse_source(stored, target)
+    path = work_folder_of(target) if work_dir is None else Path(work_dir).resolve()
+    folder = WorkFolder(path, _base(stored, batches, request))
+    done = finished_report(folder, request, target)
+    if done is not None:
+        with folder:
+            folder.remove()
+        log.warning("%s is complete already; removed %s, which the run that wrote it had left", target, path)
+        return done
     refuse_target(target, overwrite)
     view = _view(stored, batches, request)
     if isinstance(view, str):
         log.warning("%s: %s; loading the whole model instead of a piece at a time", stored.path, view)
-        return _quantize_whole(stored, target, batches, request)
-    folder = WorkFolder(
-        work_folder_of(target) if work_dir is None else Path(work_dir).resolve(), _base(stored, batches, request)
-    )
+        return quantize_whole(stored, target, request, batches)
     try:
         with folder:
             report = _quantize_pieces(view, folder, target, batches, request)
@@ -210,7 +217,7 @@ def _quantize_pieces(
     total = sum(entry.nbytes for entry in view.sources.entries.values())
 
     def on_step(what: str, done: float, whole: float) -> None:
-        request.on_progress(int(_SHARE * total * done / whole), total, what)
+        request.on_progress(int(SHARE_OF_CODES * total * done / whole), total, what)
 
     run_sequential(
         view.program, batches, jobs, groups, shelf, notes, on_step,
@@ -218,12 +225,15 @@ def _quantize_pieces(
     )  # fmt: skip
     for line in notes.notes:
         log.warning(line)
-    weights, written = _write(view, shelf.artefacts, target, request)
     skipped = [Skipped(name, reason) for name, reason in notes.skipped.items()]
-    return StreamReport(
-        weights, (*view.skipped, *skipped), total, written,
-        is_streamed=True, pieces=len(plan.jobs), resumed=shelf.resumed,
-    )  # fmt: skip
+
+    def reported(weights: dict[str, StoredWeight], written: int) -> StreamReport:
+        return StreamReport(
+            weights, (*view.skipped, *skipped), total, written,
+            is_streamed=True, pieces=len(plan.jobs), resumed=shelf.resumed, notes=tuple(notes.notes),
+        )  # fmt: skip
+
+    return _write(view, shelf.artefacts, target, request, folder, reported)
 
 
 def _shelf(view: _View, plan: Plan, folder: WorkFolder) -> Shelf:
@@ -235,9 +245,15 @@ def _shelf(view: _View, plan: Plan, folder: WorkFolder) -> Shelf:
 
 
 def _write(
-    view: _View, artefacts: Mapping[int, Artefact], target: Path, request: Request
-) -> tuple[dict[str, StoredWeight], int]:
-    """Write the output. Returns the quantized weights by name, and the bytes of the tensor files."""
+    view: _View,
+    artefacts: Mapping[int, Artefact],
+    target: Path,
+    request: Request,
+    folder: WorkFolder,
+    reported: Callable[[dict[str, StoredWeight], int], StreamReport],
+) -> StreamReport:
+    """Write the output, and note in the work folder that it is complete. reported: the report, from the quantized
+    weights by name and the bytes of the tensor files."""
     made: dict[str, Artefact] = {}
     weights: dict[str, StoredWeight] = {}
     for artefact in artefacts.values():
@@ -253,14 +269,16 @@ def _write(
     def on_block(block: Block) -> None:
         nonlocal done
         done += block.source_bytes
-        request.on_progress(int(_SHARE * total + (1 - _SHARE) * done), total, block.name)
+        request.on_progress(int(SHARE_OF_CODES * total + (1 - SHARE_OF_CODES) * done), total, block.name)
 
     with staged(target, overwrite=request.overwrite) as staging:
         written = write_folder(staging, blocks, request.max_shard_bytes, target, on_block)
         copy_companions(view.stored.path, staging, with_code=request.trust_remote_code)
         manifest = Manifest(weights, view.sources.tied, recipe_rows(request.recipe))
         write_config(staging, view.stored, manifest.to_config(), model_dtype(view.stored))
-    return weights, written
+        report = reported(weights, written)
+        record_output(folder, request, staging, report)
+    return report
 
 
 def _block(name: str, entry: TensorEntry, artefact: Artefact | None, weight: StoredWeight | None) -> Block:
@@ -275,36 +293,3 @@ def _block(name: str, entry: TensorEntry, artefact: Artefact | None, weight: Sto
                 append(one, piece)
 
     return Block(name, {one: (part.shape, part.dtype) for one, part in found.items()}, produce, entry.nbytes)
-
-
-# -------------------------------------------------------------------- the whole model
-
-
-def _quantize_whole(
-    stored: ModelFolder, target: Path, batches: Sequence[Mapping[str, Tensor]], request: Request
-) -> StreamReport:
-    model = load(stored.path, trust_remote_code=request.trust_remote_code).eval()
-    sites, skipped = select_sites(*find_sites(model, batches[0]), model, request.include, request.exclude)
-    work, left = assign(sites, request.recipe, has_data=True)
-    if not work:
-        raise PtqcError(nothing_to_do([*skipped, *left]))
-    total = sum(entry.nbytes for entry in stored.entries.values())
-    quantize_calibrated(model, work, batches, on_progress=_scaled(request.on_progress, total))
-    remember(model, recipe_rows(request.recipe))
-    save(model, target, max_shard_bytes=request.max_shard_bytes, overwrite=request.overwrite)
-    request.on_progress(total, total, "written")
-    weights = manifest_of(model.state_dict()).weights
-    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return StreamReport(weights, (*skipped, *left), total, written, is_streamed=False)
-
-
-def _scaled(on_progress: OnProgress, total: int) -> Callable[[str, float, float], None]:
-    """Progress of the engine, in bytes of the source. Its phases count anew; here they never go back."""
-    furthest = 0
-
-    def on_step(what: str, done: float, whole: float) -> None:
-        nonlocal furthest
-        furthest = max(furthest, int(_SHARE * total * done / whole) if whole else 0)
-        on_progress(furthest, total, what)
-
-    return on_step

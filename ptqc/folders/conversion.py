@@ -19,8 +19,12 @@ from ptqc.recipe import Recipe
 from ptqc.sites import Skipped
 
 __all__ = [
-    "OnProgress", "Request", "StreamReport", "copied", "model_dtype", "refuse_source", "write_config",
+    "SHARE_OF_CODES", "OnProgress", "Request", "StreamReport", "copied", "model_dtype", "refuse_source", "write_config",
 ]  # fmt: skip
+
+
+SHARE_OF_CODES = 0.95
+"""Of the progress of a calibrated run: what quantizing takes; the rest is writing the output."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class StreamReport:
 
     weights: the quantized ones by name. skipped: matrices left in float, and why. is_streamed: False if the model had
     to be loaded whole. pieces: how many a calibrated run had, and resumed: those of them that were finished before.
+    notes: what fell short in it, a line each.
     """
 
     weights: Mapping[str, StoredWeight]
@@ -38,6 +43,7 @@ class StreamReport:
     is_streamed: bool
     pieces: int = 0
     resumed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,10 @@ def _planned_floats(origin: Origin, dialect: Dialect, spec: WeightSpec, refused:
             weight = origin.tensors[name]
             if isinstance(weight, QuantTensor):
                 continue
-            meta = _fitting(dialect, described(spec.fit(weight.shape), weight.shape, weight.dtype), (ActSpec(),))
-            reason = "it is stored [in, out], which has no place there" if site.is_transposed else dialect.refuses(meta)
+            shape = weight.mT.shape if site.is_transposed else weight.shape
+            wanted = described(spec.fit(shape), shape, weight.dtype, is_transposed=site.is_transposed)
+            meta = _fitting(dialect, wanted, (ActSpec(),))
+            reason = dialect.refuses(meta)
             if reason is None:
                 planned[name] = Planned(name, meta, "converted", str(weight.dtype).removeprefix("torch."))
             else:
@@ -97,13 +99,14 @@ def _misplaced(name: str, source: str, modules: Mapping[str, nn.Module]) -> str 
 
 def _anew(dialect: Dialect, weight: QuantTensor, spec: WeightSpec | None) -> QuantTensor | None:
     """The weight as the dialect can hold it, None if it cannot."""
-    if weight.ndim != 2 or weight.is_transposed:
+    if weight.ndim != 2:
         return None
     nearest, act = dialect.nearest(weight)
     kept = weight.surroundings.act
     chosen = nearest if spec is None else spec.fit(weight.stored_shape)
     try:
-        made = _fitting(dialect, described(chosen, weight.stored_shape, weight.dtype), (kept, act, ActSpec()))
+        meta = described(chosen, weight.stored_shape, weight.dtype, is_transposed=weight.is_transposed)
+        made = _fitting(dialect, meta, (kept, act, ActSpec()))
     except SpecError:
         return None
     return made if dialect.refuses(made) is None else None
@@ -112,7 +115,8 @@ def _anew(dialect: Dialect, weight: QuantTensor, spec: WeightSpec | None) -> Qua
 def _fitting(dialect: Dialect, meta: QuantTensor, acts: tuple[ActSpec, ...]) -> QuantTensor:
     """The described weight with the first of these treatments of inputs that the dialect takes, or what it needs."""
     for act in (*acts, dialect.nearest(meta)[1]):
-        made = described(meta.spec, meta.stored_shape, meta.dtype, Surroundings(act=act))
+        around = Surroundings(act=act)
+        made = described(meta.spec, meta.stored_shape, meta.dtype, around, meta.is_transposed)
         if dialect.refuses(made) is None:
             return made
     return meta

@@ -140,15 +140,18 @@ def _made(weight: Tensor, planned: Planned) -> QuantTensor:
         extras["act_scale"] = weight.extras["act_scale"]
     plain = weight.dequantize() if isinstance(weight, QuantTensor) else weight
     method = METHODS.get("rtn")()
-    made = quantize_weight(plain, method, meta.spec, name=planned.name, surroundings=meta.surroundings, extras=extras)
+    made = quantize_weight(
+        plain, method, meta.spec, name=planned.name, is_transposed=meta.is_transposed, surroundings=meta.surroundings,
+        extras=extras,
+    )  # fmt: skip
     if made.spec != meta.spec:
         raise ExportError(f'"{planned.name}": its scales need {made.spec}, {meta.spec} does not hold them')
     return made
 
 
 def _print(weight: QuantTensor) -> int:
-    """A checksum of the numbers that a weight stands for, and of how its inputs are quantized."""
-    numbers = weight.with_parts(weight.parts, dtype=torch.float32).dequantize().cpu()
+    """A checksum of the numbers [out, in] that a weight stands for, and of how its inputs are quantized."""
+    numbers = weight.with_parts(weight.parts, dtype=torch.float32, is_transposed=False).dequantize().cpu()
     given = [numbers, *(weight.extras[name].cpu() for name in ("act_scale",) if name in weight.extras)]
     code = zlib.crc32(str(weight.surroundings.act).encode())
     for tensor in given:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ptqc.codegen.dialect import DIALECTS, DamagedWeight, Dialect, damaged
 from ptqc.errors import CheckpointError, SpecError, UnknownNameError
@@ -23,11 +24,11 @@ from ptqc.folders.manifest import FLOAT_DTYPES, METHOD
 from ptqc.folders.naming import stacked, stored_names
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.skeleton import places_of, put
-from ptqc.folders.sources import direct_sources
+from ptqc.folders.sources import direct_sources, targets_of
 from ptqc.qtensor import QuantTensor
 from ptqc.surroundings import check_extras
 
-__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign", "stored_pieces"]
+__all__ = ["Foreign", "fill_foreign", "load_foreign", "open_foreign", "stored_pieces", "turned"]
 
 log = logging.getLogger("ptqc")
 
@@ -143,8 +144,10 @@ def load_foreign(
 
     Raises: CheckpointError if a weight is missing or has another shape than the model's.
     """
+    # The empty one first: sizes that no tensor has fail before memory is asked for.
+    empty = build_empty(_as_weights(stored, foreign), trust_remote_code)
+    foreign = turned(foreign, empty, targets_of(empty, foreign.weights))
     seen = _as_weights(stored, foreign)
-    build_empty(seen, trust_remote_code)  # sizes that no tensor has fail before memory is asked for
     model: nn.Module = build_unfilled(seen, trust_remote_code)
     sources = direct_sources(model, seen)
     if isinstance(sources, str):
@@ -159,9 +162,23 @@ def load_foreign(
     return model.eval()
 
 
+def turned(foreign: Foreign, model: nn.Module, targets: Mapping[str, str]) -> Foreign:
+    """The same with the weights turned that a model has in a Conv1D, [in, out]: files hold all of them [out, in].
+
+    targets: for each stored name the parameter of the model.
+    """
+    modules = dict(model.named_modules())
+    owners = {name: modules.get(targets.get(name, name).rpartition(".")[0]) for name in foreign.weights}
+    weights = {
+        name: weight.with_parts(weight.parts, is_transposed=isinstance(owners[name], Conv1D))
+        for name, weight in foreign.weights.items()
+    }
+    return replace(foreign, weights=weights)
+
+
 def fill_foreign(model: nn.Module, stored: ModelFolder, foreign: Foreign, dtype: torch.dtype | None) -> nn.Module:
     """Fill a module whose parameters have the names of the folder's weights. In place; the rest is as above."""
-    names = {*foreign.weights, *foreign.floats}
+    foreign, names = turned(foreign, model, {}), {*foreign.weights, *foreign.floats}
     wanted = {name: [name] for place in places_of(model) for name in place.names if name in names}
     missing = [place.names[0] for place in places_of(model) if not wanted.keys() & set(place.names)]
     left = sorted(names.difference(wanted))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqc import storage
+from ptqc import stored_rows
 from ptqc.errors import first_line
 from ptqc.qtensor import QuantTensor
 
@@ -122,7 +122,7 @@ def stacked(pieces: Sequence[QuantTensor], shape: Sequence[int]) -> QuantTensor 
         return None
     if any((piece.spec, piece.surroundings) != (first.spec, first.surroundings) for piece in pieces):
         return None
-    parts = storage.concat([piece.parts for piece in pieces], first.spec, shape[-1])
+    parts = stored_rows.concat([piece.parts for piece in pieces], first.spec, shape[-1])
     lead, rows = tuple(shape[:-2]), [piece.shape[0] for piece in pieces]
     extras = {}
     for name in first.extras:

@@ -15,9 +15,10 @@ from ptqc.folders.checkpoint import manifest_in, write_model_files
 from ptqc.folders.conversion import copied, model_dtype, write_config
 from ptqc.folders.flatten import untied
 from ptqc.folders.folder import ModelFolder, copy_companions
-from ptqc.folders.foreign import Foreign, open_foreign
+from ptqc.folders.foreign import Foreign, open_foreign, turned
 from ptqc.folders.naming import Piece, stored_names
 from ptqc.folders.shards import Append, Block
+from ptqc.folders.sources import targets_of
 from ptqc.qtensor import QuantTensor
 
 __all__ = ["Origin", "of_folder", "of_model"]
@@ -69,6 +70,8 @@ def of_folder(stored: ModelFolder, trust_remote_code: bool = False) -> Origin:
     """
     modules = build_empty(stored, trust_remote_code)
     foreign = open_foreign(stored)
+    if foreign is not None:
+        foreign = turned(foreign, modules, targets_of(modules, foreign.weights))
 
     def write_files(staging: Path, quantization: Mapping[str, Any], tokenizer: Any) -> None:
         copy_companions(stored.path, staging, with_code=trust_remote_code)

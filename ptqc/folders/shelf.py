@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +76,11 @@ class Shelf:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def restore(self, piece: Piece, names: Sequence[str]) -> bool:
-        """Take a finished piece from the folder, if it is there."""
+    def restore(self, piece: Piece, names: Sequence[str]) -> Mapping[str, Any] | None:
+        """Take a finished piece from the folder, and what was said of it; None if it is not there."""
         artefact = self.folder.read(piece.index, self._key(piece, names))
         if artefact is None:
-            return False
+            return None
         for name, value in artefact.state().items():
             if isinstance(value, QuantTensor):
                 self.store(name, value.with_parts(value.parts, dtype=torch.float32))
@@ -88,16 +89,16 @@ class Shelf:
                 self._folded.add(name)
         self._keep(piece, artefact)
         self.resumed += 1
-        return True
+        return artefact.said
 
-    def keep(self, piece: Piece, names: Sequence[str]) -> None:
+    def keep(self, piece: Piece, names: Sequence[str], said: Mapping[str, Any]) -> None:
         """Write a finished piece into the folder."""
         state: dict[str, Tensor] = {}
         for name, weight in ((name, self._stored[name]) for name in names if name in self._stored):
             state[name] = weight.with_parts(weight.parts, dtype=self.dtypes[name])
         for name in sorted(self._changed):
             state[name] = self._floats[name].to(self.dtypes[name])
-        self._keep(piece, self.folder.write(piece.index, self._key(piece, names), state))
+        self._keep(piece, self.folder.write(piece.index, self._key(piece, names), state, said))
 
     def _keep(self, piece: Piece, artefact: Artefact) -> None:
         self.artefacts[piece.index] = artefact

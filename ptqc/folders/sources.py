@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ptqc.errors import CheckpointError
 from ptqc.folders.folder import ModelFolder
 from ptqc.folders.safefile import TensorEntry
 
-__all__ = ["Sources", "direct_sources"]
+__all__ = ["Sources", "direct_sources", "targets_of"]
 
 log = logging.getLogger("ptqc")
 
@@ -37,7 +37,7 @@ def direct_sources(model: Any, stored: ModelFolder) -> Sources | str:
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     found: dict[str, TensorEntry] = {}
-    for name, (target, is_converted) in _targets(model, stored, state).items():
+    for name, (target, is_converted) in _targets(model, stored.entries).items():
         if target not in state:
             log.info("%s is no parameter of the model; left out", name)
             continue
@@ -72,7 +72,7 @@ def _untied(
     return Sources(entries, {other: first for first, *others in names.values() for other in others}), missing
 
 
-def _targets(model: Any, stored: ModelFolder, state: Mapping[str, Tensor]) -> dict[str, tuple[str, bool]]:
+def _targets(model: Any, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     """For each stored name the parameter that transformers loads it into, and whether it converts it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -80,14 +80,19 @@ def _targets(model: Any, stored: ModelFolder, state: Mapping[str, Tensor]) -> di
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix = model.base_model_prefix
+    state, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
     targets = {}
-    for name in sorted(stored.entries, key=dot_natural_key):  # transformers' order; some rules depend on it
+    for name in sorted(names, key=dot_natural_key):  # transformers' order; some rules depend on it
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         targets[name] = (target, pattern is not None)
     return targets
+
+
+def targets_of(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """For each name in a folder the parameter that transformers loads it into."""
+    return {name: target for name, (target, _) in _targets(model, names).items()}
 
 
 def _may_miss(model: Any, name: str) -> bool:

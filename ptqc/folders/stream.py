@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from ptqc import storage
-from ptqc.assign import assign, nothing_to_do, quantize_site
+from ptqc.assign import assign, nothing_to_do
 from ptqc.errors import PtqcError, SpecError, WeightError
 from ptqc.folders.architecture import build_empty, planned_dtype
-from ptqc.folders.checkpoint import load, save, write_folder
+from ptqc.folders.checkpoint import write_folder
 from ptqc.folders.conversion import (
     OnProgress,
     Request,
@@ -33,13 +33,14 @@ from ptqc.folders.conversion import (
     write_config,
 )
 from ptqc.folders.folder import ModelFolder, copy_companions, open_folder
-from ptqc.folders.manifest import Manifest, StoredWeight, manifest_of
+from ptqc.folders.manifest import Manifest, StoredWeight
 from ptqc.folders.safefile import TensorEntry
 from ptqc.folders.shards import Append, Block
 from ptqc.folders.sources import Sources, direct_sources
 from ptqc.folders.staging import refuse_target, staged
+from ptqc.folders.whole import quantize_whole
 from ptqc.methods import Method, hold_scales, rows_at_once
-from ptqc.recipe import Recipe, Rule, fitted_spec, recipe_rows, remember
+from ptqc.recipe import Recipe, Rule, fitted_spec, recipe_rows
 from ptqc.sites import UNKNOWN_USE, Site, Skipped, find_sites, select_sites
 from ptqc.spec import WeightSpec
 from ptqc.surroundings import stored_matrix
@@ -86,7 +87,7 @@ def quantize_folder(
     if isinstance(sources, str) or unclear:
         reason = sources if isinstance(sources, str) else f"only running the model shows how {unclear[0]} is used"
         log.warning("%s: %s; loading the whole model instead of one weight at a time", stored.path, reason)
-        return _quantize_whole(stored, target, request)
+        return quantize_whole(stored, target, request)
     if not work:
         raise PtqcError(nothing_to_do([*skipped, *left]))
     return _quantize_streamed(model, stored, sources, work, (*skipped, *left), target, request)
@@ -186,25 +187,3 @@ def _quantized(name: str, entry: TensorEntry, stored: StoredWeight, rule: Rule) 
                 append(f"{name}.{part}", value)
 
     return Block(name, stored.layout(name), whole if step is None else by_rows, entry.nbytes)
-
-
-# -------------------------------------------------------------------- the whole model
-
-
-def _quantize_whole(stored: ModelFolder, target: Path, request: Request) -> StreamReport:
-    model = load(stored.path, trust_remote_code=request.trust_remote_code)
-    sites, skipped = select_sites(*find_sites(model), model, request.include, request.exclude)
-    work, left = assign(sites, request.recipe)
-    if not work:
-        raise PtqcError(nothing_to_do([*skipped, *left]))
-    total = sum(entry.nbytes for entry in stored.entries.values())
-    done = total - sum(site.weight.nbytes for site, _ in work)
-    for site, rule in work:
-        done += site.weight.nbytes
-        site.replace(quantize_site(site, rule))
-        request.on_progress(done, total, site.name)
-    remember(model, recipe_rows(request.recipe))
-    save(model, target, max_shard_bytes=request.max_shard_bytes, overwrite=request.overwrite)
-    weights = manifest_of(model.state_dict()).weights
-    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return StreamReport(weights, (*skipped, *left), total, written, is_streamed=False)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -7,8 +8,10 @@ from torch import nn
 
 from ptqc.capture import capture
 from ptqc.engine.activations import Activations
+from ptqc.engine.grouping import groups_for
 from ptqc.engine.in_memory import InMemory
-from ptqc.engine.jobs import Report, jobs_of
+from ptqc.engine.jobs import jobs_of
+from ptqc.engine.report import Report
 from ptqc.engine.sequential import plan_pieces, run_sequential
 from ptqc.passes.methods.rtn import RoundToNearest
 from ptqc.program import program
@@ -39,6 +42,7 @@ class Case:
     rule: object
     batches: list = field(default_factory=list)
     include: str = ""
+    groups: list = field(default_factory=list)
 
     def __post_init__(self):
         torch.manual_seed(1)
@@ -52,7 +56,7 @@ class Case:
         self.program = program(graph, self.model, self.batches[0])
 
     def run(self, **options):
-        run_sequential(self.program, self.batches, self.jobs, [], self.weights, self.report, **options)
+        run_sequential(self.program, self.batches, self.jobs, self.groups, self.weights, self.report, **options)
         return self.weights.commit()
 
 
@@ -119,19 +123,21 @@ def test_where_values_are_kept_does_not_change_a_bit(tmp_path):
 
 @dataclass
 class Kept:
-    """Keeps the quantized weights of pieces in a dictionary."""
+    """Keeps the quantized weights of pieces, and what was said of them, in dictionaries."""
 
     weights: object = None
     pieces: dict = field(default_factory=dict)
+    said: dict = field(default_factory=dict)
     events: list = field(default_factory=list)
 
     def restore(self, piece, names):
         for name, weight in self.pieces.get(piece.index, {}).items():
             self.weights.store(name, weight)
-        return piece.index in self.pieces
+        return self.said[piece.index] if piece.index in self.pieces else None
 
-    def keep(self, piece, names):
+    def keep(self, piece, names, said):
         self.pieces[piece.index] = {name: self.weights.current(name) for name in names}
+        self.said[piece.index] = json.loads(json.dumps(said))
 
     def leave(self, piece):
         self.events.append(piece.index)
@@ -146,11 +152,25 @@ def test_a_run_goes_on_behind_its_finished_pieces(finished):
     assert kept.events == [*range(8)]  # the output head is not quantized: its piece never runs
 
     again = made(second)
-    some = Kept(again.weights, {index: kept.pieces[index] for index in range(finished)})
+    some = Kept(again.weights, {index: kept.pieces[index] for index in range(finished)}, kept.said)
     found = again.run(checkpoints=some)
     assert len(second.seen) == sum(len(kept.pieces[index]) for index in range(finished, 8))
     for name, weight in expected.items():
         assert all(torch.equal(found[name].parts[part], value) for part, value in weight.parts.items())
+
+
+def test_what_was_said_of_finished_pieces_is_said_again():
+    kept, rule = Kept(), make_rule("*", ["awq", "bias_correction", "rtn"], spec="int4g32")
+    case, again = (Case(tiny("plain"), rule) for _ in range(2))
+    for one in (case, again):
+        one.groups = groups_for(one.model, [one.program], one.batches[0], one.jobs, is_whole=True)
+    kept.weights = case.weights
+    case.run(checkpoints=kept)
+    assert case.report.notes and "folded" in case.report.counts
+    again.run(checkpoints=Kept(again.weights, {index: kept.pieces[index] for index in range(3)}, kept.said))
+    assert again.report.notes == case.report.notes
+    found, expected = ([(g.group.value, g.transform, g.done) for g in one.report.groups] for one in (again, case))
+    assert found == expected
 
 
 def test_progress_rises_to_its_end():

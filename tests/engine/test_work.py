@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ptqc.engine.in_memory import InMemory
-from ptqc.engine.jobs import Report, jobs_of
+from ptqc.engine.jobs import jobs_of
+from ptqc.engine.report import Report
 from ptqc.engine.work import Stage
 from ptqc.groups import ScaledParameter, ScaleGroup
 from ptqc.recipe import make_rule

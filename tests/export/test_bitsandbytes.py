@@ -101,6 +101,33 @@ def test_int8_both_ways(bnb, tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
 
 
+C_PROJ = "transformer.h.0.attn.c_proj"
+"""A square weight of a Conv1D: no shape would give a wrong orientation away."""
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_a_conv1d_both_ways(bnb, tmp_path, bits):
+    """transformers puts linears in the place of a Conv1D, and saves their weights [out, in]."""
+
+    def of_theirs(folder, **fields):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **fields)
+        assert type(theirs.get_submodule(C_PROJ)).__name__.startswith("Linear")
+        for module in theirs.modules():
+            module.train(type(module).__name__ == "Linear4bit")  # as above; dropout stays off
+        return theirs
+
+    tiny("transposed").save_pretrained(tmp_path / "float")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    theirs = of_theirs(tmp_path / "float", quantization_config=config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = ptqc.load(tmp_path / "theirs")
+    assert ours.get_submodule(C_PROJ).weight.is_transposed
+    expected, tolerance = logits(theirs), 0.02 if bits == 8 else 1e-5  # inputs are rounded in float16, ours in float32
+    assert (logits(ours) - expected).norm() < tolerance * expected.norm()
+    ptqc.export(ours, "bitsandbytes", tmp_path / "again")
+    torch.testing.assert_close(logits(of_theirs(tmp_path / "again")), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bytes_made_by_hand(tmp_path):
     tensors = exported(matrix(64, 2, "nf4g32"), "bitsandbytes", tmp_path / "out")
     model = ptqc.load(tmp_path / "out", model=matrix(64, 2, "nf4g32"))

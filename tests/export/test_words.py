@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqc.codegen.words import Lay, affine_of, groups_of, order_of, pack_words, unpack_words, weight_of
+from ptqc.codegen.words import Lay, groups_of, groupwise_of, order_of, pack_words, unpack_words, weight_of
 from ptqc.errors import CheckpointError
 from ptqc.surroundings import Surroundings
 from tests.export._folders import rounded
@@ -40,12 +40,12 @@ def test_shapes_of_words_of_weights_without_values():
 def test_a_weight_comes_back(spec, has_order):
     extras = {"order": torch.randperm(64, generator=torch.Generator().manual_seed(0)).int()} if has_order else {}
     weight = rounded(torch.randn(8, 64), spec, Surroundings(order=has_order), **extras).data
-    affine = affine_of(weight)
-    scale, zero = affine.scale.float(), affine.zero.float()
-    group = affine.group_of.long()
-    expected = (affine.codes.float() - zero[:, group]) * scale[:, group]
+    form = groupwise_of(weight)
+    scale, zero = form.scale.float(), form.zero.float()
+    group = form.group_of.long()
+    expected = (form.codes.float() - zero[:, group]) * scale[:, group]
     torch.testing.assert_close(weight.dequantize(), expected, rtol=0, atol=0)
-    again = weight_of(affine, weight)
+    again = weight_of(form, weight)
     torch.testing.assert_close(again.dequantize(), expected, rtol=0, atol=0)
 
 

@@ -13,6 +13,7 @@ from ptqc.qtensor import QuantTensor
 from ptqc.spec import WeightSpec
 
 SPEC = WeightSpec.parse("int4g32z")
+SAID = {"said": {"it is short": ["up.weight"]}, "skipped": {}}
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def test_a_piece_comes_back_as_it_was(tmp_path, state):
     with WorkFolder(tmp_path / "work", "base") as folder:
         key = folder.key(3, "", ["graph"])
         assert folder.read(3, key) is None
-        written = folder.write(3, key, state)
+        written = folder.write(3, key, state, SAID)
         found = folder.read(3, key)
-    assert found.digest == written.digest
+    assert found.digest == written.digest and found.said == SAID
     assert list(found.manifest.weights) == ["up.weight"]
     back = found.state()
     assert isinstance(back["up.weight"], QuantTensor) and back["up.weight"].dtype == torch.float16
@@ -53,24 +54,36 @@ def flip(data):
 def test_a_broken_file_is_as_if_it_were_not_there(tmp_path, state, spoil):
     with WorkFolder(tmp_path / "work", "base") as folder:
         key = folder.key(0, "", [])
-        folder.write(0, key, state)
+        folder.write(0, key, state, SAID)
         (file,) = (tmp_path / "work").iterdir()
         file.write_bytes(spoil(file.read_bytes()))
         assert folder.read(0, key) is None
-        folder.write(0, key, state)
+        folder.write(0, key, state, SAID)
         assert folder.read(0, key) is not None
         assert folder.read(0, folder.key(0, "", ["another"])) is None
 
 
 def test_what_dead_runs_left_is_swept_and_pieces_stay(tmp_path, state):
     with WorkFolder(tmp_path / "work", "base") as folder:
-        folder.write(0, "key", state)
+        folder.write(0, "key", state, SAID)
     (tmp_path / "work" / "piece-00001.tmp").write_bytes(b"half")
     (tmp_path / "work" / "ptqc-activations-x").mkdir()
     with WorkFolder(tmp_path / "work", "base") as folder:
         assert os.listdir(tmp_path / "work") == ["piece-00000.safetensors"]
         folder.remove()
     assert not (tmp_path / "work").exists()
+
+
+def test_the_record_of_a_complete_output(tmp_path, state):
+    with WorkFolder(tmp_path / "work", "base") as folder:
+        assert WorkFolder.recorded(folder.path) is None
+        folder.record({"files": {"a": [1, 2]}})
+        assert WorkFolder.recorded(folder.path) == {"files": {"a": [1, 2]}}
+        folder.write(0, "key", state, SAID)
+        (folder.path / "finished.json").write_text("[1]")
+        assert WorkFolder.recorded(folder.path) is None
+        folder.remove()
+    assert WorkFolder.recorded(folder.path) is None and os.listdir(tmp_path) == []
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -91,8 +104,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_file(tmp_path, state,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with WorkFolder(tmp_path / "work", "base") as folder:
-        folder.write(0, "key", state)
+        folder.write(0, "key", state, SAID)
         monkeypatch.setattr(TensorWriter, "_write", fail)
         with pytest.raises(CheckpointError, match=r"No space left on device; free some space .*run the same again"):
-            folder.write(1, "key", state)
+            folder.write(1, "key", state, SAID)
         assert os.listdir(tmp_path / "work") == ["piece-00000.safetensors"]

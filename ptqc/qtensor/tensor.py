@@ -1,7 +1,7 @@
 """QuantTensor: a stored weight that stands in for an nn.Parameter.
 
 A wrapper subclass of torch.Tensor: a spec and its parts. Matrix products, embedding, selection and views become
-`ptqc::` operators on the parts (the table `_RULES`); **anything else dequantizes and does what was asked**, so a
+`ptqc::` operators on the parts (the table `RULES`); **anything else dequantizes and does what was asked**, so a
 quantized model is right everywhere and fast where we recognise the operation. Only changing one in place is an error.
 
 What is done around the stored matrix (`ptqc.surroundings`) is part of the weight: products with it run those steps,
@@ -17,7 +17,6 @@ Axes: the parts store [..., out, in] with groups along `in`. `is_transposed` say
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,8 +27,9 @@ from ptqc import ops, storage
 from ptqc.errors import PtqcError
 from ptqc.held import Held, order_called
 from ptqc.identity import Mark
+from ptqc.qtensor.rules import RULES
 from ptqc.spec import WeightSpec
-from ptqc.surroundings import Surroundings, apply, steps_after, steps_before, steps_undoing
+from ptqc.surroundings import Surroundings, apply, steps_undoing
 
 __all__ = ["QuantTensor"]
 
@@ -44,13 +44,9 @@ class _Part:
         self.name = name
 
     def __get__(self, weight: "QuantTensor", owner: type) -> Tensor:
-        slot = getattr(weight, _slot(self.name))
-        held = weight.held  # after the slot, which is emptied once `held` is set
-        if held is None or self.name not in weight.given_up:
-            part: Tensor = slot
-        else:
-            part = ops.restore(list(held.prepared), held.order.called, self.name)
-        return part
+        slot: Tensor = getattr(weight, _slot(self.name))
+        is_gone = weight.held is not None and self.name in weight.given_up  # after the slot, which is emptied then
+        return weight.restored(self.name) if is_gone else slot
 
 
 class QuantTensor(torch.Tensor):
@@ -181,6 +177,12 @@ class QuantTensor(torch.Tensor):
             return self.slots["codes"], 0
         return self.held.prepared[0], self.held.order.first
 
+    def restored(self, name: str, first: int = 0, rows: int | None = None) -> Tensor:
+        """A part that was given up, or `rows` of its rows from `first` on."""
+        assert self.held is not None
+        part: Tensor = ops.restore(list(self.held.prepared), self.held.order.called, name, first, rows)
+        return part
+
     def as_stored(self) -> "QuantTensor":
         """For readers who come back many times: itself, or a weight over parts made anew where some were given up."""
         return self.with_parts(self.parts) if self.given_up else self
@@ -256,20 +258,20 @@ class QuantTensor(torch.Tensor):
         around = {"is_transposed": self.is_transposed, "surroundings": self.surroundings, "extras": self.extras}
         return QuantTensor(parts, **(meta | around | changes))
 
-    def _alias(self, is_transposed: bool | None = None) -> "QuantTensor":
+    def alias(self, is_transposed: bool | None = None) -> "QuantTensor":
         """A view of the weight, turned or not, that holds what it holds."""
         alias, held = _aten.alias.default, self.held
         if held is not None:
             held = Held(held.order, tuple(map(alias, held.prepared)))
-        view = self.with_parts(
+        return self.with_parts(
             {name: alias(part) for name, part in self.slots.items() if name not in self.given_up},
             is_transposed=self.is_transposed if is_transposed is None else is_transposed,
             extras={name: alias(extra) for name, extra in self.extras.items()},
             held=held,
         )
-        return view
 
-    def _each(self, function: Callable[[Tensor], Tensor], **changes: Any) -> "QuantTensor":
+    def each(self, function: Callable[[Tensor], Tensor], **changes: Any) -> "QuantTensor":
+        """The weight over what a function makes of every part and extra; `changes` as for `with_parts`."""
         extras = {name: function(extra) for name, extra in self.extras.items()}
         return self.with_parts({name: function(part) for name, part in self.parts.items()}, extras=extras, **changes)
 
@@ -278,7 +280,7 @@ class QuantTensor(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
+        rule = RULES.get(func) or RULES.get(str(func))
         if func.is_view and torch.is_inference_mode_enabled():
             # A view of a normal tensor must be a normal tensor, also in inference mode.
             with torch.inference_mode(any(isinstance(a, QuantTensor) and a.is_inference() for a in args)):
@@ -306,6 +308,7 @@ def _rebuild(
     return QuantTensor(parts, WeightSpec.parse(spec), shape, dtype, is_transposed, surroundings, extras)
 
 
+_rebuild.__module__ = "ptqc.qtensor"  # files name it so
 torch.serialization.add_safe_globals([_rebuild])
 
 
@@ -335,254 +338,3 @@ def _refuse_mutation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     raise PtqcError(
         f"{func} would change a quantized weight in place; call .dequantize() and change that, then quantize it again"
     )
-
-
-# -------------------------------------------------------------------- rules: what is known about an operator
-
-_RULES: dict[Any, Callable[..., Any]] = {}
-
-
-def _rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def file_under(rule: Callable[..., Any]) -> Callable[..., Any]:
-        _RULES.update(dict.fromkeys(functions, rule))
-        return rule
-
-    return file_under
-
-
-def _same_dtype(x: Tensor, weight: Tensor) -> None:
-    if x.dtype != weight.dtype:
-        raise RuntimeError(
-            f"expected the input and the quantized weight to have one dtype: {x.dtype} != {weight.dtype}"
-        )
-
-
-def _product(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    """x @ W.T + bias, with what is done around W."""
-    _same_dtype(x, weight)
-    parts, spec = list(weight.parts.values()), str(weight.spec)
-    if weight.surroundings.is_trivial:
-        plain: Tensor = ops.linear(x, parts, spec, bias)
-        return plain
-    x = apply(steps_before(weight.surroundings, weight.extras, x.dtype), x)
-    after = steps_after(weight.surroundings, weight.extras)
-    if not after:
-        return apply((), ops.linear(x, parts, spec, bias))
-    product = apply(after, ops.linear(x, parts, spec, None))
-    return product if bias is None else product + bias
-
-
-@_rule(_aten.linear.default)
-def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
-    if isinstance(x, QuantTensor) or isinstance(bias, QuantTensor) or weight.is_transposed or weight.ndim != 2:
-        return NotImplemented
-    return _product(x, weight, bias)
-
-
-@_rule(_aten.mm.default)
-def _mm(x: Any, weight: Any) -> Any:
-    if isinstance(x, QuantTensor) or not weight.is_transposed:
-        return NotImplemented
-    return _product(x, weight, None)
-
-
-@_rule(_aten.addmm.default)
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if (
-        isinstance(bias, QuantTensor)
-        or bias.ndim != 1
-        or not isinstance(weight, QuantTensor)
-        or (beta, alpha) != (1, 1)
-    ):
-        return NotImplemented
-    if isinstance(x, QuantTensor) or not weight.is_transposed:
-        return NotImplemented
-    return _product(x, weight, bias)
-
-
-@_rule(_aten.bmm.default)
-def _bmm(x: Any, weight: Any) -> Any:
-    if isinstance(x, QuantTensor) or not weight.is_transposed:
-        return NotImplemented
-    _same_dtype(x, weight)
-    x = apply(steps_before(weight.surroundings, weight.extras, x.dtype), x)
-    return apply(
-        steps_after(weight.surroundings, weight.extras), ops.bmm(x, list(weight.parts.values()), str(weight.spec))
-    )
-
-
-@_rule(_aten.embedding.default)
-def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
-    if not isinstance(weight, QuantTensor) or weight.is_transposed or not weight.surroundings.keeps_weight:
-        return NotImplemented
-    return ops.embedding(ids, list(weight.parts.values()), str(weight.spec), list(weight.stored_shape), weight.dtype)
-
-
-@_rule(_aten.t.default)
-def _t(weight: QuantTensor) -> Any:
-    return (
-        weight._alias(not weight.is_transposed)
-        if weight.ndim == 2
-        else NotImplemented
-    )
-
-
-@_rule(_aten.transpose.int)
-def _transpose(weight: QuantTensor, first: int, second: int) -> Any:
-    if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1}:
-        return NotImplemented
-    return weight._alias(not weight.is_transposed)
-
-
-@_rule(_aten.permute.default)
-def _permute(weight: QuantTensor, order: Sequence[int]) -> Any:
-    order = [axis % weight.ndim for axis in order]
-    lead = list(range(weight.ndim - 2))
-    if order == [*lead, weight.ndim - 1, weight.ndim - 2]:
-        return _transpose(weight, -1, -2)
-    return weight._alias() if order == list(range(weight.ndim)) else NotImplemented
-
-
-@_rule(_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
-def _view_all(weight: QuantTensor) -> QuantTensor:
-    return weight._alias()
-
-
-@_rule(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default)
-def _same_shape(weight: QuantTensor, shape: Sequence[int], **_: Any) -> Any:
-    wanted = [old if new == -1 else new for old, new in zip(weight.shape, shape, strict=False)]
-    return (
-        weight._alias()
-        if tuple(wanted) == weight.shape and len(shape) == weight.ndim
-        else NotImplemented
-    )
-
-
-@_rule(_aten.clone.default)
-def _clone(weight: QuantTensor, **_: Any) -> QuantTensor:
-    return weight._each(torch.clone)
-
-
-@_rule(_aten._to_copy.default)
-def _to_copy(weight: QuantTensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
-    if dtype is not None and not dtype.is_floating_point:
-        return NotImplemented
-    kwargs.pop("memory_format", None)
-    return weight._each(lambda part: _aten._to_copy.default(part, **kwargs), dtype=dtype or weight.dtype)
-
-
-@_rule(_aten.copy_.default)
-def _copy_(weight: Any, source: Any, non_blocking: bool = False) -> Any:
-    if not isinstance(weight, QuantTensor):
-        return NotImplemented
-    if not isinstance(source, QuantTensor) or _kind(source) != _kind(weight):
-        raise PtqcError(
-            f"cannot copy {source!r} into {weight!r}: they must have one spec and shape and surroundings; "
-            "quantize the source alike, or replace the parameter (load_state_dict(..., assign=True))"
-        )
-    weight.forget_kernels()
-    given = source.tensors
-    for name, tensor in weight.tensors.items():
-        tensor.copy_(given[name], non_blocking)
-    return weight
-
-
-def _kind(weight: QuantTensor) -> tuple[object, ...]:
-    return weight.spec, weight.shape, weight.surroundings
-
-
-def _taken(weight: QuantTensor, dim: int, index: Any) -> Any:
-    """Index a stored weight along `dim` of its stored shape."""
-    if weight.is_transposed and dim % weight.ndim >= weight.ndim - 2:
-        return NotImplemented
-    dim %= weight.ndim
-    if dim >= weight.ndim - 2 and weight.surroundings.output_rotation is not None:
-        return NotImplemented
-    taken = storage.take(weight.parts, weight.spec, weight.stored_shape, dim, index)
-    if taken is None:
-        return NotImplemented
-    parts, spec = taken
-    extras = {name: _aten.alias.default(extra) for name, extra in weight.extras.items()}
-    if weight.surroundings.order and dim < weight.ndim - 2:
-        extras["order"] = storage.index(weight.extras["order"], dim, index)
-    shape = (*parts["codes"].shape[:-1], weight.stored_shape[-1])
-    return weight.with_parts(parts, spec=spec, stored_shape=shape, extras=extras)
-
-
-@_rule(_aten.select.int)
-def _select(weight: QuantTensor, dim: int, index: int) -> Any:
-    return _taken(weight, dim, index) if weight.ndim > 2 and dim % weight.ndim < weight.ndim - 2 else NotImplemented
-
-
-@_rule(_aten.slice.Tensor)
-def _slice(weight: QuantTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
-    size = weight.shape[dim]
-    if (start or 0) == 0 and (end is None or end >= size) and step == 1:
-        return weight._alias()
-    return _taken(weight, dim, slice(start, end, step))
-
-
-@_rule(_aten.split.Tensor)
-def _split(weight: QuantTensor, size: int, dim: int = 0) -> Any:
-    return _split_with_sizes(
-        weight, [min(size, weight.shape[dim] - at) for at in range(0, weight.shape[dim], size)], dim
-    )
-
-
-@_rule(_aten.split_with_sizes.default)
-def _split_with_sizes(weight: QuantTensor, sizes: Sequence[int], dim: int = 0) -> Any:
-    pieces = [_taken(weight, dim, slice(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
-
-
-@_rule(_aten.unbind.int)
-def _unbind(weight: QuantTensor, dim: int = 0) -> Any:
-    if weight.ndim < 3 or dim % weight.ndim != 0:
-        return NotImplemented
-    return tuple(_taken(weight, 0, index) for index in range(weight.shape[0]))
-
-
-@_rule(_aten.index.Tensor)
-def _index(weight: Any, indices: Sequence[Tensor | None]) -> Any:
-    if not isinstance(weight, QuantTensor) or weight.ndim < 3 or len(indices) != 1:
-        return NotImplemented
-    index = indices[0]
-    return NotImplemented if index is None or index.ndim != 1 or weight.ndim != 3 else _taken(weight, 0, index)
-
-
-@_rule(_aten.index_select.default)
-def _index_select(weight: QuantTensor, dim: int, index: Tensor) -> Any:
-    return _taken(weight, dim, index)
-
-
-@_rule(_aten.is_pinned.default)
-def _is_pinned(weight: QuantTensor, device: Any = None) -> bool:
-    return all(tensor.is_pinned() for tensor in (weight.slots | weight.extras).values())
-
-
-@_rule(_aten._pin_memory.default)
-def _pin_memory(weight: QuantTensor, device: Any = None) -> QuantTensor:
-    return weight._each(lambda part: part.pin_memory())
-
-
-@_rule(_aten.equal.default)
-def _equal(a: Any, b: Any) -> Any:
-    if not (isinstance(a, QuantTensor) and isinstance(b, QuantTensor)) or _kind(a) != _kind(b):
-        return NotImplemented
-    others = b.tensors
-    return all(torch.equal(tensor, others[name]) for name, tensor in a.tensors.items())
-
-
-def _like(func: Any) -> Callable[..., Any]:
-    def make(weight: QuantTensor, *args: Any, **kwargs: Any) -> Tensor:
-        empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        kwargs.setdefault("device", weight.device)
-        made: Tensor = func(empty, *args, **(kwargs | {"device": kwargs["device"] or weight.device}))
-        return made
-
-    return make
-
-
-_RULES.update(
-    {func: _like(func) for func in (_aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default)}
-)
