@@ -89,7 +89,8 @@ def request(spec="int4g64", device="cuda", dtype=torch.float16, k=256, **more):
     [(request(device="cpu"), "run on GPUs"), (request(needs_grad=True), "derivative"),
      (request(act=ActSpec.parse("int8-token")), "another target"), (request(dtype=torch.float64), "float64"),
      (request("int4g24", k=240), "group 24"), (request("e8pg64"), "group 64"),
-     (request(prologue=("scale",), k=1 << 17), "at most 65536")],
+     (request(prologue=("scale",), k=1 << 17), "at most 65536"), (request("nf4g64z"), "nothing is subtracted"),
+     (request("ternaryg64f"), "nothing is subtracted")],
 )  # fmt: skip
 def test_refusals(asked, reason):
     assert reason in TritonLinear().refuses(asked)
