@@ -11,10 +11,10 @@ from benchmarks._sass import MachineCode, compile_kernel, read_machine_code
 from ptqc.act_spec import ActSpec
 from ptqc.codegen.build import load_text
 from ptqc.codegen.gpu.chains import operand_names
-from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, summed_group
+from ptqc.codegen.gpu.eight_bit import eight_bit_arguments, eight_bit_form, eight_bit_modes, summed_group
 from ptqc.codegen.gpu.forms import WeightForm, form_of
 from ptqc.codegen.gpu.inputs import prologue_pointers
-from ptqc.codegen.gpu.tiles import Tile, tile_for
+from ptqc.codegen.gpu.tiles import Tile, pieces_of, tile_for
 from ptqc.codegen.gpu.weight_only import POINTER_TYPES, product_arguments
 from ptqc.codegen.targets.triton_eight_bit import TritonEightBit
 from ptqc.codegen.targets.triton_linear import TritonLinear
@@ -96,6 +96,12 @@ class Variant:
         if most and per_weight > most:
             yield f"{per_weight:.2f} instructions per weight, not {most}"
 
+    def crowded(self, programs: int) -> Iterator[str]:
+        """Why so few programs on a processor are too few, if they are."""
+        planned = self.tile.programs if self.case.rows <= FEW_ROWS else 1
+        if programs < planned:
+            yield f"{programs} programs on a processor, not {planned}"
+
     @property
     def most_instructions(self) -> float | None:
         """Per weight in the main loop: the gate of this variant, if it has one."""
@@ -152,7 +158,7 @@ def _compile(variant: Variant, target: Any, is_plain: bool) -> Any:
     signature |= dict.fromkeys(("M", "N", "K", "NP", "BLOCKS", "CHUNK", "SPLIT"), "i32")
     constants = {
         "BM": tile.rows, "BN": tile.outputs, "IS_SPLIT": True, "PTX": not is_plain, "EMULATED": False,
-        **({} if is_quantized else {"ROWS": form.layout.rows_for(tile.inputs)}),
+        **(eight_bit_modes(not is_plain, variant.case.capability) if is_quantized else pieces_of(tile, form.layout)),
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     registers = {"maxnreg": tile.registers} if tile.registers and not is_plain else {}
@@ -205,9 +211,8 @@ def programs_of(code: MachineCode, warps: int, capability: int) -> int:
 
 def _failures(variant: Variant, code: MachineCode, per_weight: float, programs: int) -> Iterator[str]:
     yield from variant.slow(per_weight)
+    yield from variant.crowded(programs)
     if code.spills or code.stack:
         yield f"{code.spills} spills, {code.stack} bytes of stack"
     if not code.matrices and variant.form.half is not None:
         yield "no tensor cores"
-    if (variant.case.rows <= FEW_ROWS and programs < 2) or programs < 1:
-        yield f"{programs} programs on a processor"

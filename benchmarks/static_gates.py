@@ -2,34 +2,31 @@
 
     python -m benchmarks.static_gates [--quick] [--json FILE] [--seconds N] [--spec NAME ..] [--float16]
     python -m benchmarks.static_gates --attention [--json FILE]
-    python -m benchmarks.static_gates --table FILE ..
+    python -m benchmarks.static_gates --table FILE .. [--into docs/kernels.md]
 
 Every kernel variant is cross-compiled for sm_80 and sm_90 with the Triton that is installed, and its machine code is
 read. A kernel that issues more instructions per weight than a processor can while memory delivers the weight cannot be
 memory-bound (docs/kernels.md has the budgets). Gates that fail are marked and make the exit status 1.
 
 With --json, variants that the file holds already are not compiled again unless their text changed; --seconds stops
-after that time, and the next call goes on. --table prints what files hold as the tables of docs/kernels.md. With --amd
-the kernels are compiled for gfx942 as well, in their plain form; that is a report only. --attention compiles attention
-of few queries instead.
+after that time, and the next call goes on. --table prints what files hold as the tables of docs/kernels.md, or puts
+them there with --into. With --amd the kernels are compiled for gfx942 as well, in their plain form; that is a report
+only. --attention compiles attention of few queries instead.
 """
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import date
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks._attention_gates import ATTENTION_CASES, AttentionRow, measure_attention
+from benchmarks._attention_gates import ATTENTION_CASES, measure_attention
 from benchmarks._gates import Case, Row, compile_plain, variant_of
+from benchmarks._gates_rows import Rows, read_rows, write_rows
 
 SPECS = (
     "int4g128", "int4g64", "int4g32", "int4", "int4g128z", "int4g64z", "int4g64f", "int4g32m", "int8", "int8g128",
@@ -42,45 +39,18 @@ EIGHT_BIT = (
 )  # fmt: skip
 QUICK = ("int4g128", "int4g64z", "nf4g64")
 ROWS = (1, 16, 64)
+_BEGIN, _END = "<!-- static_gates: tables -->", "<!-- static_gates: end -->"
 EIGHT_BIT_ROWS = (16, 64, 128)
 
 
-def cases(specs: Sequence[str], is_quick: bool, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+def cases(specs: Sequence[str], eight_bit: Sequence[tuple[str, str]], dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """What is compiled, in the order of the tables."""
-    eight_bit = itertools.product(() if is_quick else EIGHT_BIT, (80, 90), EIGHT_BIT_ROWS)
     for dtype in dtypes:
         for spec, capability, rows in itertools.product(specs, (80, 90), ROWS):
             yield Case(spec, dtype, rows, capability)
-        for (spec, act), capability, rows in eight_bit:  # once, with the first type
-            if capability == 90 or act == "int8-token":
-                yield Case(spec, torch.float16, rows, capability, act)
-
-
-def row_of(case: Case, known: Mapping[str, Row]) -> Row:
-    """The row of a case, compiled unless a known one is of the same code."""
-    variant = variant_of(case)
-    found = known.get(variant.key)
-    if found is None:
-        return variant.measure()
-    others = [failure for failure in found.failures if "per weight" not in failure]
-    return replace(found, spec=case.spec, act=case.act, failures=(*variant.slow(found.per_weight), *others))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of an earlier run."""
-    listed = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [Row(**{**row, "failures": tuple(row["failures"])}) for row in listed if "variant" in row]
-
-
-def write_rows(path: Path, rows: Sequence[Row | AttentionRow]) -> None:
-    """What a run found, with versions."""
-    import triton
-
-    about = {"triton": triton.__version__, "torch": torch.__version__, "date": date.today().isoformat(),
-             "machine": platform.processor() or platform.machine()}  # fmt: skip
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    os.replace(temporary, path)
+    for (spec, act), capability, rows in itertools.product(eight_bit, (80, 90), EIGHT_BIT_ROWS):
+        if capability == 90 or act == "int8-token":
+            yield Case(spec, torch.float16, rows, capability, act)
 
 
 def _amd(specs: Sequence[str]) -> Iterator[str]:
@@ -114,15 +84,32 @@ def table(files: Sequence[Path]) -> Iterator[str]:
         columns = [(target, count) for target in ("sm_80", "sm_90") for count in counts]
         yield "| spec | |" + "".join(f" {target}: {count} |" for target, count in columns)
         yield "|---|---|" + "---|" * len(columns)
-        found = {(row.spec, row.act, row.dtype, row.target, row.rows, i): row
-                 for i, path in enumerate(files) for row in read_rows(path) if (row.act != "float") == is_quantized}
-        for spec, act, dtype in dict.fromkeys(key[:3] for key in found):
+        found = {
+            (row.spec, row.act, row.dtype, row.target, row.rows, i): row
+            for i, path in enumerate(files)
+            for row in read_rows(path)
+            if (row.act != "float") == is_quantized
+        }
+        for spec, act, dtype in sorted(dict.fromkeys(key[:3] for key in found), key=lambda key: _place(*key)):
             cells = []
             for target, count in columns:
                 rows = [found.get((spec, act, dtype, target, count, i)) for i in range(len(files))]
                 cells.append(" / ".join(_cell(row) for row in rows if row) or "-")
             yield f"| {spec} | {act if is_quantized else dtype} | {' | '.join(cells)} |"
         yield ""
+
+
+def _place(spec: str, act: str, dtype: str) -> tuple[bool, int]:
+    specs = list(SPECS) if act == "float" else [name for name, _ in EIGHT_BIT]
+    return dtype != "float16", specs.index(spec) if spec in specs else len(specs)
+
+
+def tables_replaced(text: str, files: Sequence[Path]) -> str:
+    """A page with these tables between the marks in it."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    assert after, f"the page has no marks {_BEGIN} {_END}"
+    return "\n".join([before + _BEGIN, *table(files), _END + after])
 
 
 def _cell(row: Row) -> str:
@@ -157,7 +144,11 @@ def main() -> None:
     parser.add_argument("--attention", action="store_true", help="attention of few queries instead of products")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942 too")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print what these files hold")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it between the marks of a page")
     given = parser.parse_args()
+    if given.table and given.into:
+        given.into.write_text(tables_replaced(given.into.read_text(), given.table))
+        return
     if given.table:
         print("\n".join(table(given.table)))
         return
@@ -170,20 +161,17 @@ def main() -> None:
     begun = time.monotonic()
     specs = tuple(given.spec or (QUICK if given.quick else SPECS))
     dtypes = (torch.float16,) if given.quick or given.float16 else (torch.float16, torch.bfloat16)
-    known = {row.variant: row for row in (read_rows(given.json) if given.json else [])}
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
     print(HEADER)
+    known = Rows(given.json)
     rows: list[Row] = []
-    asked = list(cases(specs, given.quick or bool(given.spec), dtypes))
+    eight_bit = [pair for pair in EIGHT_BIT if not given.quick and (not given.spec or pair[0] in given.spec)]
+    asked = list(cases(specs, eight_bit, dtypes))
     for case in asked:
         if time.monotonic() - begun > given.seconds:
             break
-        rows.append(row_of(case, known))
-        known[rows[-1].variant] = rows[-1]
+        rows.append(known.row_of(case))
         print(_line(rows[-1]), flush=True)
-    if given.json:
-        left = [] if len(rows) == len(asked) else [row for row in known.values() if row not in rows]
-        write_rows(given.json, [*rows, *left])
     for line in _amd(specs) if given.amd else ():
         print(line)
     print(f"{len(rows)} of {len(asked)} variants, {sum(bool(row.failures) for row in rows)} fail")

@@ -16,17 +16,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ptqc.codebooks import Codebook
 from ptqc.codegen.gpu.chains import operand_names
 from ptqc.codegen.gpu.decode import Subtracted
-from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale, logical_parts, pack_scales, padded
+from ptqc.codegen.gpu.forms import WeightForm, fields_per_scale
+from ptqc.codegen.gpu.levels import whole_levels
+from ptqc.codegen.gpu.loop import group_lines, number_lines
+from ptqc.codegen.gpu.parts import logical_parts, pack_scales, padded
 from ptqc.codegen.gpu.ptx import HALVES
 from ptqc.codegen.gpu.split import summed_by_last
-from ptqc.codegen.gpu.weight_only import POINTER_TYPES, group_lines, tail_arguments, tail_text
+from ptqc.codegen.gpu.weight_only import POINTER_TYPES, tail_arguments, tail_text
 from ptqc.codegen.gpu.words import WordLayout
 from ptqc.requests import KernelRequest
-from ptqc.spec import WeightSpec
 
-__all__ = ["codes_of_bytes", "eight_bit_arguments", "eight_bit_form", "eight_bit_text", "pack_bytes", "summed_group"]
+__all__ = [
+    "codes_of_bytes",
+    "eight_bit_arguments",
+    "eight_bit_form",
+    "eight_bit_modes",
+    "eight_bit_text",
+    "pack_bytes",
+    "summed_group",
+]
 
 _MATMUL = """@triton.jit
 def product(a, b, EMULATED: tl.constexpr):
@@ -50,7 +61,8 @@ def product_added(a, b, total, EMULATED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
-           BN: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
+           BN: tl.constexpr, IS_FENCED: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr,
+           EMULATED: tl.constexpr):
     row_tiles = tl.cdiv(M, BM)
     tile = tl.program_id(0) // row_tiles
     rm = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
@@ -76,10 +88,25 @@ def low(words):
 
 @triton.jit
 def high(words):
-    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]"""
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
 
-_HALVES_OF_16 = ("((w << 4) & -16).to(tl.int8)", "(w & -16).to(tl.int8)")
-"""The two fields of a byte, times 16."""
+
+@triton.jit
+def halves(w, PTX: tl.constexpr):
+    # The two fields of a byte, times 16.
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 up; shl.b32 up, $2, 4; and.b32 $1, $2, 0xf0f0f0f0; and.b32 $0, up, 0xf0f0f0f0; }",
+            "=r,=r,r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    return ((w << 4) & -16).to(tl.int8), (w & -16).to(tl.int8)
+
+
+@triton.jit
+def fenced(w, IS_FENCED: tl.constexpr):
+    # Costs nothing, and keeps the compiler from reading the operands of the next step ahead, byte by byte.
+    if IS_FENCED:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [w, w], dtype=w.dtype, is_pure=True, pack=4)
+    return w"""
 
 
 def eight_bit_form(request: KernelRequest) -> WeightForm | str:
@@ -90,7 +117,7 @@ def eight_bit_form(request: KernelRequest) -> WeightForm | str:
     if request.act.dtype == "fp8e4m3":
         if spec.codebook != "fp8e4m3":
             return f"float8 inputs are multiplied with float8 weights, not {spec}"
-    elif book is not None and _integer_levels(spec) is None:
+    elif book is not None and whole_levels(book.levels) is None:
         return f"int8 inputs are multiplied with integer levels, which {spec} has not"
     fields = 2 if book is None and spec.bits == 4 else 1
     allowed = [rows for rows in (128 // fields, 64 // fields, 32) if group is None or group % rows == 0]
@@ -98,25 +125,13 @@ def eight_bit_form(request: KernelRequest) -> WeightForm | str:
         return f"tensor cores multiply 32 bytes at a time, which do not divide group {group}"
     layout = WordLayout(allowed[0], 1, ((),) * fields)
     shared = None if group is None else fields_per_scale(layout, group)
-    factor = 1 / 16 if fields == 2 else 1 / _unit(spec)
+    whole = whole_levels(book.levels) if book else None
+    factor = 1 / 16 if fields == 2 else 1 / (whole.unit if whole else 1)
     subtracted = Subtracted(is_tile=spec.zero != "none", has_fractions=True)
     return WeightForm(
         spec, HALVES[torch.float16], layout, shared, subtracted, "", (), factor=factor,
         words_type="*fp8e4nv" if request.act.dtype == "fp8e4m3" else "*i8",
     )  # fmt: skip
-
-
-def _unit(spec: WeightSpec) -> int:
-    """What levels are multiplied by to be integers."""
-    return 2 if spec.codebook == "e2m1" else 1
-
-
-def _integer_levels(spec: WeightSpec) -> tuple[int, ...] | None:
-    """The levels of a codebook times `_unit`, or None if they are no int8."""
-    levels = [level * _unit(spec) for level in (spec.book.levels if spec.book else ())]
-    if not levels or any(level != int(level) or abs(level) > 127 for level in levels):
-        return None
-    return tuple(map(int, levels))
 
 
 def summed_group(request: KernelRequest, form: WeightForm) -> int | None:
@@ -135,7 +150,7 @@ def pack_bytes(parts: Sequence[Tensor], form: WeightForm, shape: tuple[int, int]
     if form.words_type == "*fp8e4nv":
         words = pad(codes, filling).view(torch.float8_e4m3fn)
     elif spec.book is not None:
-        levels = torch.tensor(_integer_levels(spec), dtype=torch.int8, device=codes.device)
+        levels = torch.tensor(_whole(spec.book), dtype=torch.int8, device=codes.device)
         words = pad(levels[codes.int()], filling)
     elif layout.fields == 1:
         words = pad((codes.to(torch.int16) - centre).to(torch.int8), filling)
@@ -155,7 +170,7 @@ def codes_of_bytes(words: Tensor, form: WeightForm, outputs: Tensor, inputs: int
         return found[:, :inputs]
     if spec.book is not None:
         code_of = torch.zeros(256, dtype=torch.uint8, device=words.device)
-        levels = torch.tensor(_integer_levels(spec), device=words.device) % 256
+        levels = torch.tensor(_whole(spec.book), device=words.device) % 256
         code_of[levels] = torch.arange(len(levels), dtype=torch.uint8, device=words.device)
         return code_of[found.int()][:, :inputs]
     if layout.fields == 2:
@@ -164,11 +179,25 @@ def codes_of_bytes(words: Tensor, form: WeightForm, outputs: Tensor, inputs: int
     return (found[:, :inputs] + centre) & ((1 << spec.bits) - 1)
 
 
+def _whole(book: Codebook) -> tuple[int, ...]:
+    whole = whole_levels(book.levels)
+    assert whole is not None
+    return whole.levels
+
+
 def eight_bit_arguments(request: KernelRequest, form: WeightForm) -> dict[str, str]:
     """Pointers that `matmul` takes before the result, in order, and their types as Triton's compiler wants them."""
     found = {"x_ptr": form.words_type, "x_scale_ptr": "*fp32"}
     found |= {"sums_ptr": "*fp32"} if form.subtracted.is_tile else {}
     return found | form.pointers | dict.fromkeys(operand_names(request), POINTER_TYPES[request.dtype])
+
+
+def eight_bit_modes(has_ptx: bool, capability: int) -> dict[str, bool]:
+    """The constants of the product that depend on the GPU; has_ptx: that it takes assembler.
+
+    Before sm_90 operands of tensor cores are read into registers.
+    """
+    return {"IS_FENCED": has_ptx and capability < 90}
 
 
 def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
@@ -184,7 +213,7 @@ def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
         pointers=", ".join(eight_bit_arguments(request, form)),
         rows=form.layout.rows,
         block=form.layout.block,
-        loop="\n        ".join([*group_lines(form), *_sum_lines(request, form, is_deferred)]),
+        loop="\n        ".join([*group_lines(form), *number_lines(form), *_sum_lines(request, form, is_deferred)]),
         after="\n    ".join(_after_lines(request, form)),
         split=summed_by_last(f"tail({tail_arguments(request)})"),
     )
@@ -192,16 +221,14 @@ def eight_bit_text(request: KernelRequest, form: WeightForm) -> str:
 
 def _sum_lines(request: KernelRequest, form: WeightForm, is_deferred: bool) -> list[str]:
     layout, shared = form.layout, form.fields_per_scale
-    fields = ("w",) if layout.fields == 1 else _HALVES_OF_16
-    lines = []
-    for j, field in enumerate(fields):
+    lines = ["f0 = fenced(w, IS_FENCED)" if layout.fields == 1 else "f0, f1 = halves(w, PTX)"]
+    for j in range(layout.fields):
         inside = "rows_in"
         if request.k % layout.block:
             inside += f" & ((x_from + {j * layout.rows} + rq) < K)[:, None]"
         # float8 has no literal: an integer zero becomes one of any type.
         other = "0.0" if form.words_type == "*fp8e4nv" else "0"
         lines.append(f"x{j} = tl.load(x_tile + (x_from + {j * layout.rows}), mask={inside}, other={other})")
-        lines.append(f"f{j} = {field}")
     for j in range(layout.fields):
         if is_deferred:
             lines.append(f"acc = product_added(f{j}, x{j}, acc, EMULATED)")

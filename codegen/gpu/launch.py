@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ptqc.act_spec import ActSpec
 from ptqc.activations import quantize_input
-from ptqc.codegen.gpu.eight_bit import eight_bit_form, summed_group
-from ptqc.codegen.gpu.forms import WeightForm, form_of, padded
+from ptqc.codegen.gpu.eight_bit import eight_bit_form, eight_bit_modes, summed_group
+from ptqc.codegen.gpu.forms import WeightForm, form_of
 from ptqc.codegen.gpu.inputs import needs_entry
 from ptqc.codegen.gpu.order import ByteOrder, WordOrder
-from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, split_of, tile_for
+from ptqc.codegen.gpu.parts import padded
+from ptqc.codegen.gpu.tiles import Tile, device_facts, is_dense_better, pieces_of, split_of, tile_for
 from ptqc.fusions import apply_fusions, narrows
 from ptqc.requests import KernelRequest
 from ptqc.spec import WeightSpec
@@ -100,8 +101,8 @@ class Linear:
     def _fused(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks = padded(self.n), -(-self.k // self.form.layout.block)
         tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
-        rows, sizes = self.form.layout.rows_for(tile.inputs), (self.n, self.k, outputs)
-        launch_product(self.kernels["matmul"], tile, [x, *parts, *operands, out], sizes, blocks, ROWS=rows)
+        pointers, sizes = [x, *parts, *operands, out], (self.n, self.k, outputs)
+        launch_product(self.kernels["matmul"], tile, pointers, sizes, blocks, **pieces_of(tile, self.form.layout))
 
     def _dense(self, x: Tensor, parts: Sequence[Tensor], operands: Sequence[Tensor], out: Tensor) -> None:
         outputs, blocks, modes = padded(self.n), -(-self.k // self.form.layout.block), device_modes(x.device)
@@ -143,9 +144,11 @@ class EightBitLinear(Linear):
         if act.scale == "tensor" and not act.is_static:
             prologue = apply_fusions(self.prologue, x.float(), before).to(x.dtype)
             before = [*before, quantize_input(prologue, act)[1].view(1)]
-        tile = tile_for(len(x), self.form.decoding, device_facts(x.device).capability)
-        sizes, blocks = (self.n, self.k, padded(self.n)), -(-self.k // self.form.layout.block)
-        launch_product(self.kernels["matmul"], tile, [*self._enter(x, before), *parts, *behind, out], sizes, blocks)
+        capability = device_facts(x.device).capability
+        tile = tile_for(len(x), self.form.decoding, capability)
+        pointers, sizes = [*self._enter(x, before), *parts, *behind, out], (self.n, self.k, padded(self.n))
+        modes = eight_bit_modes(device_modes(x.device)["PTX"], capability)
+        launch_product(self.kernels["matmul"], tile, pointers, sizes, -(-self.k // self.form.layout.block), **modes)
 
     def _enter(self, x: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
         """Codes of the input, their scales, and their sums where they are asked for."""
@@ -171,7 +174,7 @@ def launch_product(
     """
     x, device = pointers[0], device_facts(pointers[0].device)
     tiles = sizes[2] // tile.outputs * -(-len(x) // tile.rows)
-    split, chunk = split_of(tiles, blocks, device, tile.warps)
+    split, chunk = split_of(tiles, blocks, device, tile.programs)
     partial, counters = workspace(x.device)
     if tiles * split * tile.rows * tile.outputs > partial.numel() or tiles > counters.numel():
         split, chunk = 1, blocks

@@ -52,6 +52,8 @@ def refused_by_all(request: KernelRequest) -> str | None:
         return reason
     if request.needs_grad:
         return "the fused product has no derivative"
+    if request.spec.codebook is not None and not request.spec.is_symmetric:
+        return f"nothing is subtracted from the levels of a codebook, as {request.spec} asks"
     if request.dtype not in ACTIVATION_TYPES:
         return f"activations are float16, bfloat16 or float32, not {request.dtype}"
     return None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ptqc import storage
 from ptqc.codegen.gpu.eight_bit import codes_of_bytes, pack_bytes
-from ptqc.codegen.gpu.forms import WeightForm, codes_of_words, pack_parts, scales_of
+from ptqc.codegen.gpu.forms import WeightForm
+from ptqc.codegen.gpu.parts import codes_of_words, pack_parts, scales_of
 from ptqc.held import Layout
 from ptqc.spec import SCALE_DTYPES
 

@@ -4,18 +4,22 @@ Looked up when a kernel is launched, from the number of rows at hand: no guards,
 not used before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 
-__all__ = ["Device", "Tile", "device_facts", "is_dense_better", "split_of", "tile_for"]
+from ptqc.codegen.gpu.words import FEWEST_ROWS, WordLayout
+
+__all__ = ["Device", "Tile", "device_facts", "is_dense_better", "pieces_of", "split_of", "tile_for"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """rows, outputs: of the result that one program computes; inputs: of one step of its loop; warps, stages: as
-    Triton takes them; registers: that a thread may use, where the assembler would rather spill than use them."""
+    Triton takes them; registers: that a thread may use, where the assembler would rather spill than use them; pieces:
+    in which a step takes its inputs, one after the other, so that fewer are in registers; programs: that are to be on
+    a processor at a time, where few rows wait for memory."""
 
     rows: int
     outputs: int
@@ -23,6 +27,8 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    pieces: int = 1
+    programs: int = field(default=2, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +43,20 @@ class Device:
 
 
 _WIDE = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 8, 3))
-_WIDE_LEAN = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2))
+_LEAN = (Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2))
 """Sums of one kind only leave registers for twice as many outputs in a warp, which read the inputs half as often."""
+_FEW = (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240))
+_NARROW = Tile(8, 128, 256, 2, 3, programs=3)
+"""Of programs of two warps it takes three to keep a processor busy."""
 TILES: dict[str, tuple[Tile, ...]] = {
-    "arithmetic": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE_LEAN),
-    "many fields": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "short blocks": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4), *_WIDE_LEAN),
-    "sums of groups": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "sums of short groups": (Tile(8, 128, 256, 2, 4), Tile(16, 128, 256, 2, 4, 240), *_WIDE),
-    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 128, 256, 4, 4, 240), *_WIDE),
-    "planes": (Tile(8, 128, 256, 4, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "arithmetic": (*_FEW, *_LEAN),
+    "short groups": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
+    "many fields": (Tile(8, 128, 256, 2, 4, programs=3), Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
+    "planes": (_NARROW, Tile(16, 128, 256, 2, 3, programs=3), *_LEAN),
+    "sums of groups": (_FEW[0], Tile(16, 128, 256, 4, 4, 232), *_WIDE),
+    "sums of short groups": (_NARROW, Tile(16, 64, 256, 2, 4, 255, programs=3), *_WIDE),
+    "sums of planes": (Tile(8, 128, 256, 4, 3, 255), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "table": (_FEW[0], Tile(16, 128, 256, 4, 4, 255), *_WIDE),
     "float32": (Tile(16, 64, 128, 4, 2), Tile(32, 64, 128, 4, 2)),
     "eight bits": (
         Tile(16, 64, 128, 4, 4),
@@ -60,9 +70,26 @@ TILES: dict[str, tuple[Tile, ...]] = {
 Four stages are kept on their way where there is room: memory takes about a microsecond (benchmarks.static_gates)."""
 
 OLDER_TILES: dict[str, tuple[Tile, ...]] = {
-    "table": (Tile(8, 128, 256, 4, 4), Tile(16, 64, 256, 4, 4), *_WIDE),
+    "arithmetic": (*_FEW, Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 2, pieces=2)),
+    "short groups": (_NARROW, Tile(16, 128, 256, 2, 3, 255), *_LEAN),
+    "many fields": (
+        Tile(8, 128, 256, 2, 4, programs=3),
+        Tile(16, 128, 256, 4, 4, 240),
+        Tile(32, 128, 256, 4, 3),
+        Tile(64, 128, 256, 4, 2, 255, pieces=2),
+    ),
+    "planes": (Tile(8, 128, 256, 2, 3), Tile(16, 128, 256, 4, 3, 240), *_WIDE),
+    "sums of groups": (Tile(8, 128, 256, 4, 4, 255), _FEW[1], *_WIDE),
+    "sums of short groups": (_NARROW, Tile(16, 128, 256, 4, 4, 240), *_WIDE),
+    "sums of planes": (
+        Tile(8, 128, 256, 4, 3),
+        Tile(16, 128, 256, 4, 3, 240),
+        Tile(32, 128, 256, 4, 3),
+        Tile(64, 128, 128, 8, 3),
+    ),
+    "table": (*_FEW, *_WIDE),
 }
-"""Where they differ before sm_90: tensor cores there take operands in pairs of registers that cost moves."""
+"""Where they differ before sm_90, whose tensor cores multiply 64 rows for fewer registers."""
 
 _PER_PROCESSOR: dict[tuple[int, int], tuple[float, float]] = {
     (8, 0): (2.9e12, 1.62e10), (8, 6): (0.9e12, 0.9e10), (8, 9): (1.25e12, 0.7e10), (9, 0): (6.0e12, 2.5e10),
@@ -80,15 +107,20 @@ def tile_for(rows: int, decoding: str, capability: int) -> Tile:
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
-def split_of(tiles: int, blocks: int, device: Device, warps: int) -> tuple[int, int]:
-    """Runs into which the blocks of every tile are split, and blocks of a run: two programs for every processor.
+def pieces_of(tile: Tile, layout: WordLayout) -> dict[str, int]:
+    """The constants of the product that say how a step takes its inputs."""
+    rows = layout.rows_for(tile.inputs)
+    pieces = tile.pieces if rows % (tile.pieces * FEWEST_ROWS) == 0 else 1
+    return {"ROWS": rows // pieces, "PIECES": pieces}
 
-    Of programs of two warps it takes three to keep a processor busy.
 
-    >>> split_of(32, 32, Device(132, 0, 0), 4)
+def split_of(tiles: int, blocks: int, device: Device, programs: int) -> tuple[int, int]:
+    """Runs into which the blocks of every tile are split, and blocks of a run: `programs` for every processor.
+
+    >>> split_of(32, 32, Device(132, 0, 0), 2)
     (8, 4)
     """
-    wanted = max(1, max(2, 6 // warps) * device.processors // tiles)
+    wanted = max(1, programs * device.processors // tiles)
     # Runs of one block would move more partial sums than weights.
     chunk = max(-(-blocks // wanted), min(2, blocks))
     return -(-blocks // chunk), chunk

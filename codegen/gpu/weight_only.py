@@ -9,21 +9,22 @@ the words of one block:
 
 Where levels do not come scaled from their decoder, scales are applied to the product of the fields that share them, in
 float32. Programs: one for BN outputs and BM rows, times SPLIT runs of blocks. ROWS may be fewer than the rows of a
-block, which is then taken in parts. Those of one tile leave their sums in a workspace; the last to arrive, told by a
-counter, adds them in the order of the runs and goes on to the epilogue, so the result does not depend on who was last.
+block, which is then taken in parts, one in a step or several PIECES one after the other. Those of one tile leave their
+sums in a workspace; the last to arrive, told by a counter, adds them in the order of the runs and goes on to the
+epilogue, so the result does not depend on who was last.
 """
 
 import torch
 
 from ptqc.codegen.gpu.chains import EPILOGUE_HELPERS, epilogue_lines, operand_names
 from ptqc.codegen.gpu.forms import WeightForm
+from ptqc.codegen.gpu.loop import decode_lines, group_lines, loop_lines
 from ptqc.codegen.gpu.split import summed_by_last
 from ptqc.requests import KernelRequest
 
 __all__ = [
     "POINTER_TYPES",
     "finish_text",
-    "group_lines",
     "product_arguments",
     "product_functions",
     "product_text",
@@ -64,8 +65,9 @@ def full(words):
 
 _MATMUL = """@triton.jit(do_not_specialize=["M", "CHUNK", "SPLIT"])
 def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, SPLIT, BM: tl.constexpr,
-           BN: tl.constexpr, ROWS: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr, EMULATED: tl.constexpr):
-    PARTS: tl.constexpr = {rows} // ROWS
+           BN: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, IS_SPLIT: tl.constexpr, PTX: tl.constexpr,
+           EMULATED: tl.constexpr):
+    PARTS: tl.constexpr = {rows} // (ROWS * PIECES)
     row_tiles = tl.cdiv(M, BM)
     tile = tl.program_id(0) // row_tiles
     rm = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
@@ -79,10 +81,13 @@ def matmul({pointers}, out_ptr, part_ptr, lock_ptr, M, N, K, NP, BLOCKS, CHUNK, 
     acc = tl.zeros((BN, BM), tl.float32)
     {before}
     for step in range(first, last):
-        block, part = step // PARTS, (step % PARTS) * ROWS
-        w_at = w_tile + (block * {tall} + part) * NP
-        x_from = block * {block} + part * {stride}
-        {loop}
+        block = step // PARTS
+        {groups}
+        for piece in tl.static_range(PIECES):
+            part = (step % PARTS * PIECES + piece) * ROWS
+            w_at = w_tile + (block * {tall} + part) * NP
+            x_from = block * {block} + part * {stride}
+            {loop}
     {after}
     {split}"""
 
@@ -118,12 +123,13 @@ def product_text(request: KernelRequest, form: WeightForm) -> str:
     matmul = _MATMUL.format(
         pointers=", ".join(product_arguments(request, form)),
         before="\n    ".join(_lines_before(form)),
-        loop="\n        ".join([*_decode_lines(form), *_sum_lines(form, request.k)]),
+        groups="\n        ".join(group_lines(form)),
+        loop="\n            ".join(loop_lines(form, request.k)),
         after="\n    ".join(_scale_lines(form)),
         split=summed_by_last(f"tail({tail_arguments(request)})"),
         **numbers,
     )
-    body = [*_lines_before(form), *_decode_lines(form), *_unpack_lines(form, _TYPES[request.dtype])]
+    body = [*_lines_before(form), *decode_lines(form), *_unpack_lines(form, _TYPES[request.dtype])]
     unpack = _UNPACK.format(pointers=", ".join(form.pointers), body="\n    ".join(body), **numbers)
     functions = [product_functions(request.dtype), _SCALES, form.functions]
     return "\n\n\n".join([*functions, tail_text(request), matmul, unpack])
@@ -168,49 +174,6 @@ def _lines_before(form: WeightForm) -> list[str]:
     """A zero of whole rows is read once, and so are tables."""
     has_zero = form.fields_per_scale is None and form.subtracted.is_tile
     return [*form.before, *(["z0 = tl.load(z_ptr + rn)[:, None]"] if has_zero else [])]
-
-
-def _decode_lines(form: WeightForm) -> list[str]:
-    rows = form.layout.rows
-    words = [f'w{i} = tl.load(w_at + {i * rows} * NP, eviction_policy="evict_first")' for i in range(form.layout.words)]
-    return [*words, *group_lines(form), *form.calls]
-
-
-def group_lines(form: WeightForm) -> list[str]:
-    """Scales s<i> and zeros z<i> of the groups in a block."""
-    if form.fields_per_scale is None:
-        return []
-    count = form.scales_per_row
-    names = [f"s{i}" for i in range(count)] + [f"z{i}" for i in range(count) if form.subtracted.is_tile]
-    per_word = 1 if form.half is None else 2
-    words = -(-len(names) // per_word)
-    blocks = form.inputs_per_row // form.layout.block
-    row = "block" if blocks == 1 else f"(block // {blocks})"
-    lines = [f"v{i} = tl.load(s_ptr + ({row} * {words} + {i}) * NP + rn)" for i in range(words)]
-    if form.is_scaled:
-        return lines
-    halves = ("low", "high") if per_word == 2 else ("full",)
-    return lines + [f"{name} = {halves[i % per_word]}(v{i // per_word})" for i, name in enumerate(names)]
-
-
-def _sum_lines(form: WeightForm, k: int) -> list[str]:
-    layout, shared = form.layout, form.fields_per_scale
-    step = 1 if form.stride > 1 else layout.rows
-    lines = []
-    for j in range(layout.fields):
-        inside = "rows_in"
-        if k % layout.block:
-            inside += f" & ((x_from + {j * step} + rq * {form.stride}) < K)[:, None]"
-        lines.append(f"x{j} = tl.load(x_tile + (x_from + {j * step}), mask={inside}, other=0.0)")
-    for j in range(layout.fields):
-        if shared is None or form.is_scaled:
-            lines.append(f"acc = product_added(f{j}, x{j}, acc, EMULATED)")
-            continue
-        begins, ends = j % shared == 0, j % shared == shared - 1
-        lines.append(f"t = product(f{j}, x{j}, EMULATED)" if begins else f"t = product_added(f{j}, x{j}, t, EMULATED)")
-        if ends:
-            lines.append(f"acc += t * s{j // shared}")
-    return lines
 
 
 def _scale_lines(form: WeightForm) -> list[str]:

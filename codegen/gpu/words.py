@@ -13,13 +13,13 @@ two 16-bit numbers), and one mask yields one field of both. Widths that do not d
 has it at b + q * width: all fields of a word then meet their upper bits by the same shift.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Piece", "WordLayout", "pack_words", "unpack_words", "word_layout"]
+__all__ = ["FEWEST_ROWS", "Piece", "WordLayout", "pack_words", "unpack_words", "word_layout"]
 
 _PLANES: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,),
@@ -27,8 +27,10 @@ _PLANES: dict[int, tuple[int, ...]] = {
 """By width of a code: widths of its planes, lowest bits first."""
 
 _INPUTS_PER_BLOCK = 256
+_BITS_PER_BLOCK = 4 * _INPUTS_PER_BLOCK
+"""Blocks of short groups are repeated up to this: a step of the loop is then as long as that of longer groups."""
 _MOST_ROWS = 64
-_FEWEST_ROWS = 16
+FEWEST_ROWS = 16
 """What a tensor core multiplies at a time."""
 
 
@@ -62,7 +64,7 @@ class WordLayout:
 
     def rows_for(self, inputs: int) -> int:
         """Rows of a step that takes about so many inputs."""
-        return min(self.rows, max(inputs // self.fields, _FEWEST_ROWS))
+        return min(self.rows, max(inputs // self.fields, FEWEST_ROWS))
 
 
 def word_layout(bits: int, group: int | None) -> WordLayout | str:
@@ -83,12 +85,23 @@ def word_layout(bits: int, group: int | None) -> WordLayout | str:
                 word, bit = 0, pieces[field][0].bit + pieces[field][0].word * width
             pieces[field].append(Piece(words + word, bit, width, base))
         words, base = words + fields * width // 16, base + width
-    rows = min(_INPUTS_PER_BLOCK // fields, _MOST_ROWS)
-    while group is not None and group % rows and rows > _FEWEST_ROWS:
+    rows = _longest_rows(fields)
+    while group is not None and group % rows and rows > FEWEST_ROWS:
         rows //= 2
     if group is not None and group % rows:
-        return f"tensor cores multiply {_FEWEST_ROWS} inputs at a time, which do not divide group {group}"
-    return WordLayout(rows, words, tuple(map(tuple, pieces)))
+        return f"tensor cores multiply {FEWEST_ROWS} inputs at a time, which do not divide group {group}"
+    repeats = _repeats(words * 16 * rows, fields * rows) if rows < _longest_rows(fields) else 1
+    repeated = [tuple(replace(piece, word=piece.word + words * at) for piece in field)
+                for at in range(repeats) for field in pieces]  # fmt: skip
+    return WordLayout(rows, words * repeats, tuple(repeated))
+
+
+def _longest_rows(fields: int) -> int:
+    return min(_INPUTS_PER_BLOCK // fields, _MOST_ROWS)
+
+
+def _repeats(bits: int, inputs: int) -> int:
+    return max(1, min(_BITS_PER_BLOCK // bits, _INPUTS_PER_BLOCK // inputs))
 
 
 def pack_words(codes: Tensor, layout: WordLayout, outputs: int) -> Tensor:

@@ -12,11 +12,19 @@ _HALF = {"f16x2": np.float16, "bf16x2": None}
 def run_ptx(text, outputs, registers):
     """Run a program. registers: arrays uint32 for $outputs, $outputs + 1, ..  Returns the arrays $0 .. ."""
     state = {f"${outputs + i}": np.asarray(register, np.uint32) for i, register in enumerate(registers)}
-    for statement in re.sub(r"[{}]", "", text).split(";"):
+    pairs = re.sub(r"\{(\w+), (\w+)\}", r"\1|\2", text)
+    for statement in re.sub(r"[{}]", "", pairs).split(";"):
         words = statement.strip().replace(",", " ").split()
         if not words or words[0] == ".reg":
             continue
         name, target, *operands = words
+        if "|" in target:
+            state |= zip(target.split("|"), (state[operands[0]] & 0xFFFF, state[operands[0]] >> 16), strict=True)
+            continue
+        if "|" in operands[0]:
+            low, high = (state[half] for half in operands[0].split("|"))
+            state[target] = low | high << 16
+            continue
         values = [state[o] if o in state else np.uint32(int(o, 0)) for o in operands]
         state[target] = _OPERATIONS[name.split(".")[0]](name, *values)
     return [state[f"${i}"] for i in range(outputs)]

@@ -15,7 +15,7 @@ from tests.cpp._run import random_parts
 INTEGERS = [f"int{bits}g64{zero}" for bits in range(1, 9) for zero in ("", "z", "f")]
 SPECS = (
     *INTEGERS, "int8", "int4", "ternary", "ternaryg64", "nf4g64", "nf4g64dq", "fp4g64", "mxfp4", "fp8e4m3",
-    "fp8e5m2g64", "fp8e4m3b128x128", "e8p", "e8p3", "e8p4", "q4_0", "q6_K",
+    "fp8e5m2g64", "fp8e4m3b128x128", "e8p", "e8p3", "e8p4", "q4_0", "q6_K", "int4g16", "int8g32", "nf4g32",
 )  # fmt: skip
 N, K = 194, 1280
 GATE = ("gate_silu",)
@@ -25,7 +25,7 @@ def layouts(name):
     """Every layout of a spec: types of 16 and 32 bits, inputs of 8 bits, with and without a gate."""
     spec = WeightSpec.parse(name)
     for epilogue in ((), GATE):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
             if not isinstance(form_of(spec, K, dtype), str):
                 yield Linear(name, N, K, dtype, {}, (), epilogue).layout
         act = ActSpec.parse("fp8e4m3-token" if name.startswith("fp8") else "int8-token")

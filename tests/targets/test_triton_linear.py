@@ -52,6 +52,12 @@ def test_every_spec_type_and_number_of_rows():
 
 
 @needs_triton
+def test_tiles_of_older_gpus():
+    """Steps that take their inputs in pieces, whole blocks and the end of a row."""
+    check([case(spec, 64, capability=80) for spec in ("int4g128", "int4g96", "int4", "int2g32f", "int3g64")])
+
+
+@needs_triton
 def test_chains():
     check([
         *(case("int4g32", 5, epilogue=epilogue) for epilogue in EPILOGUES),
@@ -83,7 +89,8 @@ def request(spec="int4g64", device="cuda", dtype=torch.float16, k=256, **more):
     [(request(device="cpu"), "run on GPUs"), (request(needs_grad=True), "derivative"),
      (request(act=ActSpec.parse("int8-token")), "another target"), (request(dtype=torch.float64), "float64"),
      (request("int4g24", k=240), "group 24"), (request("e8pg64"), "group 64"),
-     (request(prologue=("scale",), k=1 << 17), "at most 65536")],
+     (request(prologue=("scale",), k=1 << 17), "at most 65536"), (request("nf4g64z"), "nothing is subtracted"),
+     (request("ternaryg64f"), "nothing is subtracted")],
 )  # fmt: skip
 def test_refusals(asked, reason):
     assert reason in TritonLinear().refuses(asked)

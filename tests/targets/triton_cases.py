@@ -6,6 +6,7 @@ other tests of the same process want it compiled.
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ from ptqc import storage
 from ptqc.act_spec import ActSpec
 from ptqc.activations import quantize_input, static_scale
 from ptqc.codegen.build import kernel_for
+from ptqc.codegen.gpu import tiles
 from ptqc.fusions import apply_fusions, fusion, narrows
 from ptqc.methods import METHODS, quantize_weight
 from ptqc.requests import KernelRequest
@@ -53,7 +55,10 @@ def run(case):
     """Which target served the case, its relative error, and whether a second run gave the same bits.
 
     rounding: the error against float64 of the input as it was quantized, which leaves that of the kernel alone.
+    capability: of the GPU whose tiles are taken, 90 if the case does not say.
     """
+    tiles._INTERPRETED = replace(tiles._INTERPRETED, capability=case.get("capability", 90))
+    tiles.device_facts.cache_clear()
     generator = torch.Generator().manual_seed(0)
     spec, dtype = WeightSpec.parse(case["spec"]), getattr(torch, case["dtype"])
     act = ActSpec.parse(case.get("act", "float"))
