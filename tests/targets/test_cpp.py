@@ -200,5 +200,8 @@ def test_every_spec(name, dtype):
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *(f"gate_{name}" for name in ACTIVATIONS)])
 @pytest.mark.parametrize("spec", ["int4g32", "int8z"])
 def test_every_epilogue(spec, name, dtype):
+    k, chain = 520 if spec == "int8z" else 544, ("bias", name, "mul")
     for rows in ROWS:
-        check(case(spec, 2 * 51, 520 if spec == "int8z" else 544, rows, dtype, epilogue=("bias", name, "mul")), 2e-2)
+        check(case(spec, 2 * 51, k, rows, dtype, epilogue=chain, exact=True), EXACT[dtype])
+        # A gate multiplies two numbers that have the error of the quantized input each: no property of the kernel.
+        check(case(spec, 2 * 51, k, rows, dtype, epilogue=chain), 5e-2)
